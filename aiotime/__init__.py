@@ -1,0 +1,91 @@
+"""aiotime: run a neural network over a stream that never stops, inside one asyncio event loop.
+
+The rooms, from the top; a module imports only from rooms below it:
+
+    cli                          aiotime run | plan | demo
+    streams, sources             aiostream operators; video, folders, cameras, stdin
+    pipeline                     Pipeline: build, open, run, submit, drain, weights, statistics
+    runs                         Run: one stream, in order, with its errors
+    engine                       an open pipeline on one loop; where a frame ends
+    ingest, stage, planning      the door; the stage task; trace, measure, cut
+    devices, channel, frame      where work runs; bounded queues; what travels
+    observe, errors              meters, statistics, traces, logs; every error
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aiotime.channel import Channel
+    from aiotime.devices import CpuDevice, Device, InlineDevice, SimulatedDevice, VirtualClock
+    from aiotime.errors import AiotimeError
+    from aiotime.frame import Prediction, Sample
+    from aiotime.loop import run
+    from aiotime.observe.stats import Stats
+    from aiotime.pipeline import Pipeline
+    from aiotime.planning import Plan, plan
+    from aiotime.runs import Run
+    from aiotime.stage import Stage, retry
+
+__version__ = "0.1.0"
+
+# public name -> where it lives; loaded at first use, so that the torch-free rooms stay torch-free
+_HOMES = {
+    "AiotimeError": "aiotime.errors",
+    "Channel": "aiotime.channel",
+    "CpuDevice": "aiotime.devices",
+    "Device": "aiotime.devices",
+    "InlineDevice": "aiotime.devices",
+    "Pipeline": "aiotime.pipeline",
+    "Plan": "aiotime.planning",
+    "Prediction": "aiotime.frame",
+    "Run": "aiotime.runs",
+    "Sample": "aiotime.frame",
+    "SimulatedDevice": "aiotime.devices",
+    "Stage": "aiotime.stage",
+    "Stats": "aiotime.observe.stats",
+    "VirtualClock": "aiotime.devices",
+    "plan": "aiotime.planning",
+    "retry": "aiotime.stage",
+    "run": "aiotime.loop",
+}
+
+__all__ = [
+    "AiotimeError",
+    "Channel",
+    "CpuDevice",
+    "Device",
+    "InlineDevice",
+    "Pipeline",
+    "Plan",
+    "Prediction",
+    "Run",
+    "Sample",
+    "SimulatedDevice",
+    "Stage",
+    "Stats",
+    "VirtualClock",
+    "plan",
+    "retry",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        if name in ("errors", "streams", "sources", "devices", "observe", "planning"):
+            import importlib
+
+            return importlib.import_module(f"aiotime.{name}")
+        raise AttributeError(f"module 'aiotime' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,372 @@
+"""An open pipeline on one loop: streams, stage tasks, the door, and the one place where a frame ends.
+
+    door ──credit──▶ stage 0 ──▶ stage 1 ──▶ … ──completion──▶ settle: outcome, credit back, owner told
+
+Runs and requests own frames; the engine knows them only as `Owner`. It lives from `open` to `close`;
+a pipeline that is opened again gets a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any, Protocol
+
+from aiotime.devices.base import Clock, Completions, DeviceStream, Pending, Work
+from aiotime.devices.worker import WorkerStream
+from aiotime.errors import AiotimeError, BrokenError, ClosedError
+from aiotime.frame import Control, Frame, Owner
+from aiotime.ingest.door import Door
+from aiotime.observe.log import get_logger
+from aiotime.observe.meter import Ring, Tracer
+from aiotime.stage import StageRunner, StageSpec
+
+BEAT = 0.005  # seconds between looks at timeouts and announcements, while frames are in flight
+DEEPEST = 64  # launches in flight per worker for stages of microseconds
+SHALLOWEST = 2  # and for heavy ones
+SHORT = 30e-6  # seconds; below this a job costs less than the thread switch to it
+RECENT = 33  # newest jobs that a stage's time is the median of
+WORK_AHEAD = 1e-3  # seconds of launches in flight that an adaptive depth aims at
+
+log = get_logger()
+
+
+def depth_for(seconds: float) -> int:
+    """Launches in flight per worker for a stage that takes ``seconds``: heavy ones two, microseconds tens."""
+    if seconds <= 0:
+        return DEEPEST
+    return max(SHALLOWEST, min(DEEPEST, int(WORK_AHEAD / seconds)))
+
+
+class Stoppable(Protocol):
+    """A run, as draining sees it."""
+
+    def stop(self) -> None:
+        """Pull nothing more."""
+
+
+class Engine:
+    """Stages open on the running loop.
+
+    Args:
+        depth: launches in flight per worker; None: adapted to the measured stage times.
+        frames: the budget of frames in flight; None: depth x workers.
+        nbytes: the budget of payload bytes in flight; None: no limit.
+        first_guess: seconds of the slowest stage, where a plan knows; starts an adaptive depth.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[StageSpec],
+        *,
+        name: str,
+        depth: int | None,
+        frames: int | None,
+        nbytes: int | None,
+        clock: Clock,
+        first_guess: float | None = None,
+    ) -> None:
+        self.name = name
+        self.specs = list(specs)
+        self.clock = clock
+        self.now = clock.now
+        self.loop = asyncio.get_running_loop()
+        self.adaptive = depth is None
+        self.own_budget = frames is not None
+        self.depth = depth if depth is not None else depth_for(first_guess) if first_guess else 4
+        self.door = Door(frames or self._budget_for(self.depth), nbytes)
+        self.completions = Completions(self.loop, self._completed)
+        self.frames: set[Frame] = set()
+        self.stages: list[StageRunner] = []
+        self.streams: list[DeviceStream] = []
+        self.error: AiotimeError | None = None  # why nothing more is accepted
+        self.draining = False
+        self.opened = clock.now()
+        self.latencies = Ring()
+        self.entered = 0
+        self.counts = {"in": 0, "out": 0, "shed": 0, "failed": 0}
+        self.runs: set[Stoppable] = set()
+        self._idle: list[asyncio.Future[None]] = []
+        self._beating = False
+        self._seen: list[int] = []
+        self._task: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._open_streams()
+        self._inbox = self.stages[0].inbox
+
+    # ------------------------------------------------------------------ life
+
+    def _open_streams(self) -> None:
+        shared: dict[tuple[str, str], DeviceStream] = {}
+        try:
+            for index, spec in enumerate(self.specs):
+                following = self.specs[index + 1].device if index + 1 < len(self.specs) else None
+                work = Work(
+                    spec.fn,
+                    stage=spec.name,
+                    index=index,
+                    workers=spec.workers,
+                    timeout=spec.timeout,
+                    host_output=following is None or following.on_host,
+                )
+                work.starved = self._starved(work)
+                stream = self._stream_for(spec, shared)
+                stream.bind(work)
+                self.stages.append(StageRunner(spec, work, stream, self.depth * spec.workers, self.ready))
+                self._seen.append(0)
+        except BaseException:
+            for stream in self.streams:
+                stream.close()
+            raise
+
+    def _stream_for(self, spec: StageSpec, shared: dict[tuple[str, str], DeviceStream]) -> DeviceStream:
+        device = spec.device
+        key = (device.name, device.speed_class)
+        if spec.workers == 1 and device.shares_stream and key in shared:
+            return shared[key]
+        label = device.name if device.shares_stream and spec.workers == 1 else f"{spec.name}@{device.name}"
+        stream = device.open(self.completions, workers=spec.workers, label=label)
+        self.streams.append(stream)
+        if spec.workers == 1 and device.shares_stream:
+            shared[key] = stream
+        return stream
+
+    def start(self) -> None:
+        """Start the stage tasks."""
+        self._task = self.loop.create_task(self._supervise(), name=f"pipeline:{self.name}")
+        log.info("pipeline.opened", pipeline=self.name, stages=[s.name for s in self.specs])
+
+    async def _supervise(self) -> None:
+        why: AiotimeError = ClosedError(f"pipeline {self.name!r} was closed")
+        try:
+            async with asyncio.TaskGroup() as group:
+                for stage, following in zip(self.stages, [*self.stages[1:], None], strict=True):
+                    group.create_task(
+                        stage.serve(following.inbox if following else None),
+                        name=f"stage:{stage.spec.name}@{stage.spec.device.name}",
+                    )
+        except* Exception as group_error:
+            first = group_error.exceptions[0]
+            why = BrokenError(f"a stage task of pipeline {self.name!r} died: {type(first).__name__}: {first}")
+            why.__cause__ = first
+            log.error("pipeline.broken", pipeline=self.name, error=repr(first))
+        finally:  # every frame and every entrant that was ever accepted is told
+            self.end(why)
+            for stream in self.streams:
+                stream.close()
+
+    def end(self, why: AiotimeError) -> None:
+        """Accept nothing more; what is in flight settles with ``why``."""
+        if self.error is None:
+            self.error = why
+        for stage in self.stages:
+            stage.inbox.abort(self.error)
+        for entrant in self.door.withdraw_all():
+            entrant.refused(self.error)
+        for frame in list(self.frames):
+            frame.cancelled = True
+            self.settle(frame, self.error)
+
+    async def close(self) -> None:
+        """End every task and thread. Cancelled: goes on in the background. Idempotent."""
+        if self._closing is None:
+            self._closing = self.loop.create_task(self._close(), name=f"close:{self.name}")
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        self.end(ClosedError(f"pipeline {self.name!r} was closed"))
+        for stream in self.streams:
+            stream.close()
+        for stream in self.streams:
+            await stream.join()
+        log.info("pipeline.closed", pipeline=self.name, **self.counts)
+
+    # ------------------------------------------------------------------ frames
+
+    def new_frame(self, owner: Owner, index: int, payload: Any) -> Frame:
+        return Frame(owner, index, Pending(payload, done=True), self.now())
+
+    def enter(self, frame: Frame) -> None:
+        """A credit was granted: the frame goes in. No await between the two."""
+        if self.error is not None:
+            self.frames.add(frame)
+            self.settle(frame, self.error)
+            return
+        self.frames.add(frame)
+        self.entered += 1
+        self._inbox.put_nowait(frame)
+        if not self._beating:
+            self._beating = True
+            self.loop.call_later(BEAT, self._beat)
+
+    def enter_control(self, control: Control, owner: Owner) -> Frame:
+        """A control frame travels in order and takes no credit of the budget."""
+        frame = self.new_frame(owner, -1, None)
+        frame.control = control
+        self.door.used += 1
+        self.enter(frame)
+        return frame
+
+    def _completed(self, pending: Pending) -> None:
+        waiter = pending.waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+        frame = pending.frame
+        if frame is not None:
+            if pending.event is None or pending.error is not None:
+                frame.value = pending.value
+                self.settle(frame, pending.error)
+            else:
+                self._when_passed(pending, frame)
+
+    def _when_passed(self, pending: Pending, frame: Frame) -> None:
+        from aiotime.devices.poller import Poller  # an accelerator is in use: its module is loaded already
+
+        def passed(error: BaseException | None) -> None:
+            frame.value = pending.value
+            self.settle(frame, error)
+
+        assert pending.event is not None
+        Poller.of(self.loop).watch(pending.event, passed)
+
+    async def ready(self, pending: Pending) -> None:
+        """Wait until the host may read ``pending`` (its value or its error)."""
+        if not pending.done:
+            pending.waiter = waiter = self.loop.create_future()
+            if not pending.done:
+                await waiter
+        if pending.event is not None and pending.error is None:
+            from aiotime.devices.poller import Poller
+
+            passed: asyncio.Future[None] = self.loop.create_future()
+
+            def tell(error: BaseException | None) -> None:
+                pending.error = pending.error or error
+                if not passed.done():
+                    passed.set_result(None)
+
+            Poller.of(self.loop).watch(pending.event, tell)
+            await passed
+
+    def settle(self, frame: Frame, error: BaseException | None) -> None:
+        """The one place where a frame ends: outcome, credit, owner. The first outcome wins."""
+        if frame.settled:
+            return
+        frame.settled = True
+        frame.error = error
+        frame.tail = None
+        frame.latency = self.now() - frame.arrived
+        if error is None and frame.control is None:
+            self.latencies.add(frame.latency)
+        self.frames.discard(frame)
+        self.door.release(frame.nbytes)
+        if self._idle and not self.frames:
+            self._tell_idle()
+        frame.owner.settled(frame)
+
+    async def idle(self) -> None:
+        """Wait until nothing is in flight."""
+        while self.frames:
+            future: asyncio.Future[None] = self.loop.create_future()
+            self._idle.append(future)
+            await future
+
+    def _tell_idle(self) -> None:
+        for future in self._idle:
+            if not future.done():
+                future.set_result(None)
+        self._idle.clear()
+
+    # ------------------------------------------------------------------ the beat
+
+    def _beat(self) -> None:
+        if not self.frames or self.error is not None:
+            self._beating = False
+            return
+        now = time.perf_counter()
+        for stream in self.streams:
+            stream.pulse(now)
+        times = self._times()
+        self._share_threads(times)
+        if self.adaptive and any(times):
+            self._adapt(max(t / stage.spec.workers for t, stage in zip(times, self.stages, strict=True)))
+        self.loop.call_later(BEAT, self._beat)
+
+    def _times(self) -> list[float]:
+        """Per stage: median seconds of its newest jobs; 0.0 where nothing ran since the last look."""
+        times = []
+        for position, stage in enumerate(self.stages):
+            jobs = sum(r.jobs for r in stage.work.recorders)
+            newest = stage.work.recorders[0].service.newest(RECENT)
+            times.append(median(newest) if jobs > self._seen[position] and newest else 0.0)
+            self._seen[position] = jobs
+        return times
+
+    def _share_threads(self, times: list[float]) -> None:
+        """Neighbours whose jobs are shorter than a thread switch run on one worker, until they grow."""
+        host: WorkerStream | None = None
+        host_seconds = 0.0
+        for stage, seconds in zip(self.stages, times, strict=True):
+            stream = stage.stream
+            if not isinstance(stream, WorkerStream) or stage.spec.timeout is not None:
+                host = None
+                continue
+            if stream.host is None and host is not None and stream.can_lend_to(host):
+                if 0.0 < seconds < SHORT and 0.0 < host_seconds < SHORT:
+                    stream.lend(host)
+            elif stream.host is not None and max(seconds, host_seconds) > 2 * SHORT:
+                stream.lend(None)
+            if stream.host is None:
+                host, host_seconds = stream, seconds
+
+    def _adapt(self, slowest: float) -> None:
+        """Set the depth by what the slowest stage takes."""
+        depth = depth_for(slowest)
+        if depth != self.depth:
+            self.depth = depth
+            for stage in self.stages:
+                stage.limit = depth * stage.spec.workers
+            if not self.own_budget:
+                self.door.resize(self._budget_for(depth), self.door.nbytes)
+
+    def _budget_for(self, depth: int) -> int:
+        return depth * sum(spec.workers for spec in self.specs)
+
+    def _starved(self, work: Work) -> Callable[[], bool]:
+        """Is a stage without work waiting for input, or are all credits held by frames that have passed it?"""
+
+        def starved() -> bool:
+            done = sum(r.jobs + r.passed for r in work.recorders)
+            return self.entered > done or not self.door.full
+
+        return starved
+
+    def set_budget(self, frames: int | None, nbytes: int | None) -> None:
+        """Change the limits now; ``frames=None``: depth x workers."""
+        self.own_budget = frames is not None
+        self.door.resize(frames or self._budget_for(self.depth), nbytes)
+
+    # ------------------------------------------------------------------ observation
+
+    def reset_counters(self) -> None:
+        """Forget what warm-up did."""
+        self.latencies = Ring()
+        self.counts.update(dict.fromkeys(self.counts, 0))
+        self.opened = self.now()
+        for position, stage in enumerate(self.stages):
+            for recorder in stage.work.recorders:
+                recorder.reset()
+            self._seen[position] = 0
+        self.entered = 0
+
+    def trace_into(self, tracer: Tracer | None) -> None:
+        """Write slices of all device streams and of the loop into ``tracer``; None stops."""
+        self.completions.tracer = tracer
+        for stage in self.stages:
+            for recorder in stage.work.recorders:
+                recorder.tracer = tracer

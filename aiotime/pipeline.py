@@ -1,0 +1,633 @@
+"""Pipeline: what people hold. Builds stages from a plan or by hand, opens and closes them, answers requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+
+from aiotime.channel import Overflow
+from aiotime.devices import Device, default_devices, resolve, resolve_all
+from aiotime.devices.base import Clock, RealClock
+from aiotime.devices.cpu import CpuDevice
+from aiotime.engine import Engine
+from aiotime.errors import (
+    AiotimeError,
+    BrokenError,
+    ClosedError,
+    ConfigurationError,
+    DeadlineExceeded,
+    FrameCancelled,
+    FrameError,
+    FrameShed,
+)
+from aiotime.frame import Frame, Prediction, Sample
+from aiotime.ingest.inspection import InputSpec, payload_bytes, require_finite
+from aiotime.observe.meter import quantile
+from aiotime.observe.stats import Stats, stage_stats
+from aiotime.observe.trace import Trace
+from aiotime.planning import Plan, make_plan, trace
+from aiotime.planning.trace import Piece
+from aiotime.runs import Run, RunOptions, RunState, call_dead_letter, check_deadline
+from aiotime.stage import OnError, Retry, Stage, StageSpec, spread, unique_names, with_retries
+
+Balance = Literal["measured", "even"] | Sequence[int]
+
+
+class Pipeline:
+    """A model cut into stages that work on different frames at the same time.
+
+    Args:
+        model: an ``nn.Sequential`` (cut between its children) or any module that torch.fx or torch.export
+            can trace. It is put into eval mode, runs in ``torch.inference_mode``, and belongs to the
+            pipeline from here on.
+        example: one frame as the model takes it: a tensor, a tuple of arguments, or a dict of keyword
+            arguments. Frames must have its structure, dtypes and shapes.
+        devices: where stages may run, in order: ``"cpu:0"``, ``"cuda:1"``, ``"inline"`` or Device objects.
+            None: all CUDA devices, else one CPU worker per core.
+        balance: ``"measured"`` times the layers and cuts for the fastest stream, with fewer stages where
+            more do not pay; ``"even"`` gives each device as many layers; a list gives the layers per stage.
+        plan: a `Plan` made earlier (``Plan.from_json``) instead of ``balance``.
+        depth: launches in flight per stage; None adapts it to the stages' times (heavy ones 2, stages of
+            microseconds tens). Frames in flight <= depth x stages.
+        budget: frames in flight in the whole pipeline, if it shall differ from depth x stages.
+        budget_bytes: bytes of payload in flight; None: no limit.
+        dynamic: dims of every input tensor that may differ from the example's, such as ``(0,)``.
+        check_finite: refuse frames that hold NaN or infinity.
+        warm_up: frames (copies of the example) sent through before the first real one at each opening.
+        name: for task names, logs and statistics.
+
+    Raises:
+        ConfigurationError: arguments that cannot work. TraceError: the model cannot be cut.
+
+    Example:
+        >>> import asyncio, torch, aiotime
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> async def main():
+        ...     pipeline = aiotime.Pipeline(model, example=torch.zeros(1, 4), devices=["cpu:0", "cpu:1"], balance="even")
+        ...     return [tuple(pred.output.shape) async for pred in pipeline.run(torch.rand(3, 1, 4))]
+        >>> asyncio.run(main())
+        [(1, 2), (1, 2), (1, 2)]
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        example: Any,
+        devices: Sequence[str | Device] | None = None,
+        balance: Balance = "measured",
+        plan: Plan | None = None,
+        depth: int | None = None,
+        budget: int | None = None,
+        budget_bytes: int | None = None,
+        dynamic: Sequence[int] | None = None,
+        check_finite: bool = False,
+        warm_up: int = 0,
+        name: str | None = None,
+    ) -> None:
+        if not isinstance(model, torch.nn.Module):
+            raise ConfigurationError(
+                f"a Pipeline is made of a torch.nn.Module, not of a {type(model).__name__}; "
+                "for functions use Pipeline.from_stages([...])"
+            )
+        self._set_up(depth, budget, budget_bytes, warm_up, name or type(model).__name__)
+        self._spec: InputSpec | None = InputSpec(example, dynamic=dynamic)
+        self._example = self._spec.check(example)
+        model.eval()
+        traced = trace(model, self._example, dynamic=dynamic)
+        if plan is None:
+            found = default_devices() if devices is None else resolve_all(devices)
+            plan = make_plan(traced, self._example, found, balance=balance)
+        else:
+            plan.check(traced.layers)
+            found = resolve_all([s.device for s in plan.stages] if devices is None else devices)
+        self.plan: Plan | None = plan
+        by_name = {device.name: device for device in found}
+        self._pieces: list[Piece] = traced.cut(plan.sizes)
+        specs = []
+        for piece, planned in zip(self._pieces, plan.stages, strict=True):
+            device = by_name[planned.device] if planned.device in by_name else resolve(planned.device)
+            device.place(piece.module)
+            specs.append(StageSpec(planned.name, piece, device))
+        if check_finite:
+            specs[0].fn = require_finite(specs[0].fn)
+        names = unique_names([spec.name for spec in specs])
+        for spec, unique in zip(specs, names, strict=True):
+            spec.name = unique
+        self._model: torch.nn.Module | None = model
+        seconds = [stage.seconds for stage in plan.stages if stage.seconds is not None]
+        self._finish(specs, max(seconds) if len(seconds) == len(plan.stages) else None)
+
+    @classmethod
+    def from_stages(
+        cls,
+        stages: Sequence[Stage | Callable[[Any], Any]],
+        *,
+        depth: int | None = None,
+        budget: int | None = None,
+        budget_bytes: int | None = None,
+        name: str | None = None,
+    ) -> Self:
+        """A pipeline of functions and modules: decode on a CPU thread, model on a GPU, post-process.
+
+        Args:
+            stages: `Stage` objects; a bare function or module stands for ``Stage(it)``.
+            depth, budget, budget_bytes, name: as for `Pipeline`.
+
+        Frames are not inspected: the first stage gets what the source yields.
+
+        Example:
+            >>> import asyncio, aiotime
+            >>> double = aiotime.Stage(lambda x: 2 * x, device="cpu:0", name="double", workers=2)
+            >>> async def main():
+            ...     pipeline = aiotime.Pipeline.from_stages([double, lambda x: x + 1])
+            ...     return [pred.output async for pred in pipeline.run(range(4))]
+            >>> asyncio.run(main())
+            [1, 3, 5, 7]
+        """
+        if not stages:
+            raise ConfigurationError("from_stages needs at least one stage")
+        pipeline = cls.__new__(cls)
+        pipeline._set_up(depth, budget, budget_bytes, 0, name or "pipeline")
+        pipeline._spec = None
+        pipeline._example = None
+        pipeline._model = None
+        pipeline._pieces = []
+        pipeline.plan = None
+        made = [stage if isinstance(stage, Stage) else Stage(stage) for stage in stages]
+        names = unique_names([stage.name for stage in made])
+        taken = {stage.device for stage in made if isinstance(stage.device, str)}
+        free = (device for device in map(CpuDevice, range(len(made) + len(taken))) if device.name not in taken)
+        specs = []
+        for stage, unique in zip(made, names, strict=True):
+            device = next(free) if stage.device is None else resolve(stage.device)
+            fn = stage.fn
+            if isinstance(fn, torch.nn.Module):
+                fn.eval()
+                device.place(fn)
+                fn = spread(fn)
+            policy = stage.on_error
+            if isinstance(policy, Retry):
+                fn = with_retries(fn, policy, unique, device)
+                policy = policy.then
+            specs.append(StageSpec(unique, fn, device, stage.workers, policy, stage.timeout))
+        pipeline._modules = {
+            unique: stage.fn for stage, unique in zip(made, names, strict=True) if isinstance(stage.fn, torch.nn.Module)
+        }
+        pipeline._finish(specs, None)
+        return pipeline
+
+    def _set_up(
+        self, depth: int | None, budget: int | None, budget_bytes: int | None, warm_up: int, name: str
+    ) -> None:
+        if depth is not None and depth < 1:
+            raise ConfigurationError(f"depth must be at least 1 launch in flight per stage, not {depth}")
+        if budget is not None and budget < 1:
+            raise ConfigurationError(f"budget must be at least 1 frame in flight, not {budget}")
+        if warm_up < 0:
+            raise ConfigurationError(f"warm_up is a number of frames, not {warm_up}")
+        self.name = name
+        self._depth, self._budget, self._budget_bytes, self._warm_up = depth, budget, budget_bytes, warm_up
+        self._modules: dict[str, torch.nn.Module] = {}
+        self._engine: Engine | None = None
+        self._entered = False  # opened by hand: stays open between runs
+        self._leases = 0
+        self._runs = 0
+        self._warm: asyncio.Task[None] | None = None
+        self._tracer: Trace | None = None
+
+    def _finish(self, specs: list[StageSpec], first_guess: float | None) -> None:
+        self._specs = specs
+        self._first_guess = first_guess
+        self.on_error: Mapping[str, OnError] = {s.name: s.on_error for s in specs if s.on_error is not None}
+        clocks = {id(spec.device.clock): spec.device.clock for spec in specs}
+        virtual = [clock for clock in clocks.values() if not isinstance(clock, RealClock)]
+        if len(virtual) > 1:
+            raise ConfigurationError("simulated devices of one pipeline must share one VirtualClock")
+        self._clock: Clock = virtual[0] if virtual else RealClock()
+        self._real_time = not virtual
+
+    # ------------------------------------------------------------------ life
+
+    async def __aenter__(self) -> Self:
+        if self._entered:
+            raise ConfigurationError(f"pipeline {self.name!r} is open already")
+        self._entered = True
+        try:
+            engine = self._open()
+            if self._warm is not None:
+                await asyncio.shield(self._warm)
+            if engine.error is not None:
+                raise engine.error
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close: what is in flight is given up (`drain` first to finish it), every task and thread ends."""
+        self._entered = False
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await engine.close()
+        warm, self._warm = self._warm, None
+        if warm is not None:
+            await asyncio.wait([warm])
+
+    def _open(self) -> Engine:
+        loop = asyncio.get_running_loop()
+        engine = self._engine
+        if engine is not None and engine.loop is loop:
+            return engine
+        if engine is not None and not engine.loop.is_closed():
+            raise ConfigurationError(
+                f"pipeline {self.name!r} is open on another event loop; use one pipeline per loop or close it there first"
+            )
+        self._engine = engine = Engine(
+            self._specs,
+            name=self.name,
+            depth=self._depth,
+            frames=self._budget,
+            nbytes=self._budget_bytes,
+            clock=self._clock,
+            first_guess=self._first_guess,
+        )
+        engine.trace_into(self._tracer)
+        engine.start()
+        if self._warm_up and self._example is not None:
+            engine.door.paused = True
+            self._warm = loop.create_task(self._run_warm_up(engine), name=f"warm-up:{self.name}")
+        return engine
+
+    async def _run_warm_up(self, engine: Engine) -> None:
+        """Send copies of the example past the paused door, then open it with fresh counters."""
+        requests = []
+        for _ in range(self._warm_up):
+            request = _Request(self, engine, Sample(self._example))
+            engine.door.used += 1
+            request.enter()
+            requests.append(request.future)
+        await asyncio.wait(requests)
+        for future in requests:
+            if error := future.exception():
+                engine.end(BrokenError(f"warm-up of pipeline {self.name!r} failed: {error}"))
+        engine.reset_counters()
+        engine.door.paused = False
+        engine.door.pump()
+
+    # Host, as runs see it
+
+    def lease(self) -> Engine:
+        engine = self._open()
+        self._leases += 1
+        return engine
+
+    async def give_back(self) -> None:
+        self._leases -= 1
+        if self._leases == 0 and not self._entered:
+            await self.aclose()
+
+    def inspect(self, payload: Any, index: int | None, key: Any) -> Any:
+        return payload if self._spec is None else self._spec.check(payload, index, key)
+
+    # ------------------------------------------------------------------ work
+
+    def run(
+        self,
+        source: Any,
+        *,
+        overflow: Overflow = "wait",
+        on_error: OnError = "raise",
+        deadline: float | None = None,
+        failure_budget: int | float | None = None,
+        window: int | None = None,
+    ) -> Run:
+        """Send a stream through; several runs at once share the stages, each with its own order.
+
+        Args:
+            source: an async iterable (or aiostream stream), an iterable (a blocking one is pulled on a
+                thread), or a callable that returns the next frame. It yields payloads or `Sample`.
+            overflow: when the source is faster than the pipeline: ``"wait"`` slows it down;
+                ``"drop_oldest"``, ``"drop_newest"`` shed among the frames that wait at the door; ``"latest"``
+                keeps only the newest of them.
+            on_error: ``"raise"`` ends the run at a failed frame, in its turn; ``"skip"`` leaves it out;
+                a callable ``(frame, error)`` (plain or async) gets it: ``frame.input``, ``frame.key``.
+            deadline: seconds after its arrival within which a frame must be computed, else it is shed.
+            failure_budget: with "skip" or a callable: failures allowed, a count (int) or a share (float).
+            window: frames of this run in flight or waiting for its consumer; default: the budget.
+        """
+        options = RunOptions(
+            overflow=overflow, on_error=on_error, deadline=deadline, failure_budget=failure_budget, window=window
+        )
+        self._runs += 1
+        return Run(RunState(self, source, options, self._runs))
+
+    async def submit(self, frame: Any, *, deadline: float | None = None) -> Prediction:
+        """One request, one answer; many at once, answered as they finish.
+
+        Args:
+            frame: a payload or a `Sample`.
+            deadline: seconds after which the answer is no longer wanted.
+
+        Cancelled while its work is still queued: the work is taken out of the queue and never done.
+
+        Raises:
+            InputError: refused at the door. StageError: a stage failed on it. DeadlineExceeded: too late.
+            ClosedError: the pipeline is not open, or is draining.
+        """
+        engine = self._engine
+        if engine is None:
+            raise ClosedError(f"pipeline {self.name!r} is not open; use 'async with pipeline:' around submit()")
+        if engine.loop is not asyncio.get_running_loop():
+            raise ConfigurationError(f"pipeline {self.name!r} is open on another event loop")
+        if engine.error is not None:
+            raise engine.error
+        if engine.draining:
+            raise ClosedError(f"pipeline {self.name!r} is draining and takes no new requests")
+        sample = frame if type(frame) is Sample else Sample(frame)
+        if deadline is None:
+            deadline = sample.deadline
+        check_deadline(deadline)
+        request = _Request(self, engine, sample)
+        timer: asyncio.TimerHandle | None = None
+        if deadline is not None:
+            request.frame.deadline = request.frame.arrived + deadline
+            if self._real_time:
+                timer = engine.loop.call_later(deadline, request.expire)
+        engine.counts["in"] += 1
+        engine.door.admit("submit", request)
+        try:
+            return await request.future
+        except asyncio.CancelledError:
+            request.cancel()
+            raise
+        except FrameError as error:
+            policy = self.on_error.get(error.stage) if error.stage else None
+            if callable(policy):
+                await call_dead_letter(policy, request.frame, error)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    async def drain(self) -> None:
+        """Finish what was accepted, accept nothing new: requests are refused, runs stop pulling.
+
+        Returns when nothing is in flight and no request waits. `resume` opens the door again.
+        """
+        engine = self._engine
+        if engine is None:
+            return
+        engine.draining = True
+        for state in list(engine.runs):
+            state.stop()
+        engine.door.paused = False
+        engine.door.pump()
+        await engine.idle()
+
+    def pause(self) -> None:
+        """Admit nothing until `resume`; frames in flight go on, callers and sources wait."""
+        if self._engine is not None:
+            self._engine.door.paused = True
+
+    def resume(self) -> None:
+        """Open the door again after `pause` or `drain`."""
+        if self._engine is not None:
+            self._engine.draining = False
+            self._engine.door.paused = False
+            self._engine.door.pump()
+
+    def set_budget(self, *, frames: int | None = None, nbytes: int | None = None) -> None:
+        """Change the budget of frames and payload bytes in flight, at once if the pipeline is open.
+
+        Args:
+            frames: None: depth x stages, as by default.
+            nbytes: None: no limit.
+        """
+        if frames is not None and frames < 1:
+            raise ConfigurationError(f"the budget needs at least one frame in flight, not {frames}")
+        if nbytes is not None and nbytes < 1:
+            raise ConfigurationError(f"the byte budget must be positive or None, not {nbytes}")
+        self._budget, self._budget_bytes = frames, nbytes
+        if self._engine is not None:
+            self._engine.set_budget(frames, nbytes)
+
+    # ------------------------------------------------------------------ weights
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights under the model's own keys (with `from_stages`: ``"stage.key"``)."""
+        if self._model is None:
+            return {
+                f"{stage}.{key}": tensor
+                for stage, module in self._modules.items()
+                for key, tensor in module.state_dict().items()
+            }
+        merged: dict[str, torch.Tensor] = {}
+        for piece in self._pieces:
+            merged.update(piece.state())
+        return {key: merged.get(key, tensor) for key, tensor in self._model.state_dict().items()}
+
+    async def load_state_dict(self, state: Mapping[str, torch.Tensor], *, strict: bool = True) -> None:
+        """Replace weights, also while running: between two frames, and no frame sees half of them.
+
+        Returns when every stage has the new weights. The tensors are replaced, not written into: the
+        model handed in keeps its old ones.
+
+        Raises:
+            ConfigurationError: missing or unexpected keys (unless ``strict=False``), or a wrong shape;
+                then nothing was changed.
+        """
+        own = self.state_dict()
+        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if strict and (missing or unexpected):
+            raise ConfigurationError(f"load_state_dict: missing keys {missing}, unexpected keys {unexpected}")
+        wrong = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+        if wrong:
+            key = sorted(wrong)[0]
+            raise ConfigurationError(
+                f"load_state_dict: {key!r} has shape {tuple(state[key].shape)}, the model's is {tuple(own[key].shape)}"
+            )
+        swap = _Swap(self, {key: tensor.detach().clone() for key, tensor in state.items() if key in own})
+        engine = self._engine
+        if engine is None or engine.error is not None:
+            for stage in range(len(self._specs)):
+                swap.apply(stage)
+            return
+        swap.done = engine.loop.create_future()
+        engine.enter_control(swap, swap)
+        await asyncio.shield(swap.done)
+
+    # ------------------------------------------------------------------ observation
+
+    def stats(self) -> Stats:
+        """A frozen snapshot of what the pipeline does now; prints as a table."""
+        engine = self._engine
+        if engine is None:
+            raise ClosedError(f"pipeline {self.name!r} is not open; it has statistics between opening and closing")
+        elapsed = engine.now() - engine.opened
+        latencies = engine.latencies.values()
+        stages = []
+        for runner in engine.stages:
+            inbox = runner.inbox.statistics()
+            stages.append(
+                stage_stats(
+                    runner.spec.name,
+                    runner.spec.device.name,
+                    runner.work.recorders,
+                    elapsed=elapsed,
+                    queue=inbox.occupancy + sum(not pending.done for pending in list(runner.launched)),
+                    queue_mean=inbox.occupancy_mean,
+                    queue_max=inbox.occupancy_max,
+                )
+            )
+        return Stats(
+            name=self.name,
+            elapsed=elapsed,
+            frames_in=engine.counts["in"],
+            frames_out=engine.counts["out"],
+            frames_shed=engine.counts["shed"],
+            frames_failed=engine.counts["failed"],
+            in_flight=len(engine.frames),
+            waiting=engine.door.waiting,
+            budget_frames=engine.door.frames,
+            budget_bytes=engine.door.nbytes,
+            bytes_in_flight=engine.door.used_bytes,
+            latency_p50=quantile(latencies, 0.5),
+            latency_p99=quantile(latencies, 0.99),
+            stages=tuple(stages),
+        )
+
+    @contextmanager
+    def tracing(self, *, limit: int = 200_000) -> Iterator[Trace]:
+        """Record what every device stream and the loop do, for ``trace.save(path)`` and timelines.
+
+        Args:
+            limit: newest slices kept.
+        """
+        recorded = Trace(limit=limit)
+        self._tracer = recorded
+        if self._engine is not None:
+            self._engine.trace_into(recorded)
+        try:
+            yield recorded
+        finally:
+            self._tracer = None
+            if self._engine is not None:
+                self._engine.trace_into(None)
+
+    def __repr__(self) -> str:
+        stages = ", ".join(f"{spec.name}@{spec.device.name}" for spec in self._specs)
+        return f"<Pipeline {self.name!r}: {stages}>"
+
+
+class _Request:
+    """One submitted frame: its owner and its entrant at the door."""
+
+    __slots__ = ("engine", "entered", "frame", "future")
+
+    def __init__(self, pipeline: Pipeline, engine: Engine, sample: Sample) -> None:
+        self.engine = engine
+        self.entered = False
+        self.frame = frame = engine.new_frame(self, 0, pipeline.inspect(sample.input, None, sample.key))
+        frame.key, frame.target, frame.ack = sample.key, sample.target, sample.ack
+        if any(callable(policy) for policy in pipeline.on_error.values()):
+            frame.input = sample.input
+        self.future: asyncio.Future[Prediction] = engine.loop.create_future()
+
+    def enter(self) -> int | None:
+        if self.future.done():
+            return None  # cancelled or expired while it waited
+        frame = self.frame
+        if frame.deadline is not None and self.engine.now() > frame.deadline:
+            self.expire()
+            return None
+        self.entered = True
+        if self.engine.door.nbytes is not None and frame.tail is not None:
+            frame.nbytes = payload_bytes(frame.tail.value)
+        self.engine.enter(frame)
+        return frame.nbytes
+
+    def size(self) -> int:
+        return payload_bytes(self.frame.tail.value) if self.frame.tail is not None else 0
+
+    def refused(self, why: AiotimeError) -> None:
+        self._fail(why)
+
+    def expire(self) -> None:
+        """The deadline has passed: answer now; work still queued is passed over."""
+        if not self.future.done():
+            self._fail(DeadlineExceeded("the request's deadline passed before it was answered", key=self.frame.key))
+            self._withdraw()
+
+    def cancel(self) -> None:
+        """Whoever waited was cancelled."""
+        if not self.frame.settled:
+            self.engine.counts["shed"] += 1
+            self._withdraw()
+        self._acknowledge(FrameCancelled("the request was cancelled", key=self.frame.key))
+
+    def settled(self, frame: Frame) -> None:
+        if self.future.done():
+            return
+        if frame.error is None:
+            self.engine.counts["out"] += 1
+            self.future.set_result(Prediction(frame.value, 0, frame.key, None, None, frame.latency, 0))
+            self._acknowledge(None)
+        else:
+            self._fail(frame.error)
+
+    def _withdraw(self) -> None:
+        self.frame.cancelled = True
+        if not self.entered:
+            self.engine.door.withdraw("submit", self)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self.future.done():
+            self.engine.counts["shed" if isinstance(error, FrameShed) else "failed"] += 1
+            self.future.set_exception(error)
+            self._acknowledge(error)
+
+    def _acknowledge(self, error: BaseException | None) -> None:
+        ack, self.frame.ack = self.frame.ack, None
+        if ack is not None:
+            self.engine.loop.call_soon(ack, error)
+
+
+class _Swap:
+    """New weights on their way through the stages: a control frame and its owner."""
+
+    def __init__(self, pipeline: Pipeline, state: Mapping[str, torch.Tensor]) -> None:
+        self._pipeline = pipeline
+        self._state = state
+        self.done: asyncio.Future[None] | None = None
+
+    def apply(self, stage: int) -> None:
+        pipeline = self._pipeline
+        if pipeline._model is not None:
+            pipeline._pieces[stage].load(self._state)
+            return
+        name = pipeline._specs[stage].name
+        module = pipeline._modules.get(name)
+        if module is not None:
+            prefix = f"{name}."
+            mine = {k.removeprefix(prefix): v for k, v in self._state.items() if k.startswith(prefix)}
+            own = module.state_dict()
+            mine = {k: v.to(device=own[k].device, dtype=own[k].dtype) for k, v in mine.items()}
+            module.load_state_dict(mine, strict=False, assign=True)
+
+    def settled(self, frame: Frame) -> None:
+        if self.done is not None and not self.done.done():
+            if frame.error is None:
+                self.done.set_result(None)
+            else:
+                self.done.set_exception(frame.error)

@@ -1,0 +1,555 @@
+"""One stream through a pipeline: Run, what the user holds, and RunState, what the tasks hold.
+
+    source ─ feed task ─▶ [hold: overflow policy] ─ credit ─▶ window (in order) ─▶ async for pred in run
+
+Order is the window's: frames stand in it as they entered and leave from its head once settled. The user
+holds Run and the tasks hold RunState, so a Run that is dropped is noticed and cleaned up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from aiotime.channel import Channel, Overflow, check_overflow
+from aiotime.engine import Engine
+from aiotime.errors import (
+    AiotimeError,
+    BusyError,
+    ClosedError,
+    ConfigurationError,
+    DeadlineExceeded,
+    FailureBudgetExceeded,
+    FrameCancelled,
+    FrameError,
+    FrameShed,
+    InputError,
+    SourceError,
+)
+from aiotime.frame import Frame, Prediction, Sample
+from aiotime.ingest.inspection import payload_bytes
+from aiotime.ingest.pull import pull
+from aiotime.observe.log import get_logger
+from aiotime.observe.meter import Ring, quantile
+from aiotime.observe.stats import RunStats
+from aiotime.stage import OnError, check_on_error
+
+log = get_logger()
+
+Inspect = Callable[[Any, int | None, Any], Any]
+
+
+class Host(Protocol):
+    """The pipeline, as a run sees it."""
+
+    on_error: Mapping[str, OnError]  # by stage
+
+    def lease(self) -> Engine:
+        """The open engine, opened if need be; to be given back."""
+
+    async def give_back(self) -> None:
+        """A lease ends; the last one closes a pipeline that nobody opened by hand."""
+
+    def inspect(self, payload: Any, index: int | None, key: Any) -> Any:
+        """The payload if the model takes it, else `InputError`."""
+
+
+class RunOptions:
+    """What `Pipeline.run` was asked for; checked when it is made."""
+
+    __slots__ = ("deadline", "failure_budget", "on_error", "overflow", "window")
+
+    def __init__(
+        self,
+        *,
+        overflow: Overflow,
+        on_error: OnError,
+        deadline: float | None,
+        failure_budget: int | float | None,
+        window: int | None,
+    ) -> None:
+        check_overflow(overflow)
+        if on_error is None:
+            raise ConfigurationError('on_error must be "raise", "skip" or a callable (frame, error), not None')
+        check_on_error(on_error)
+        check_deadline(deadline)
+        if window is not None and window < 1:
+            raise ConfigurationError(f"window must be at least 1 frame, not {window}")
+        if failure_budget is not None and failure_budget < 0:
+            raise ConfigurationError("failure_budget is a count (int) or a share (float below 1), not negative")
+        if isinstance(failure_budget, float) and failure_budget >= 1:
+            raise ConfigurationError(f"failure_budget={failure_budget} is no share below 1; for a count use an int")
+        self.overflow: Overflow = overflow
+        self.on_error = on_error
+        self.deadline = deadline
+        self.failure_budget = failure_budget
+        self.window = window
+
+
+def check_deadline(deadline: float | None) -> None:
+    """Raise `ConfigurationError` unless ``deadline`` is None or positive seconds."""
+    if deadline is not None and not (deadline > 0 and math.isfinite(deadline)):
+        raise ConfigurationError(f"a deadline is a positive number of seconds after arrival, not {deadline}")
+
+
+class RunState:
+    """The working half of a run; owner of its frames and their entrant at the door."""
+
+    def __init__(self, host: Host, source: Any, options: RunOptions, number: int) -> None:
+        self.host = host
+        self.source = source
+        self.options = options
+        self.name = f"run {number}"
+        self.engine: Engine | None = None
+        self.window: deque[Frame] = deque()  # in order; what the consumer has not taken
+        self.limit = 1
+        self.hold: Channel[Frame] = Channel(1)
+        self.counts = {"in": 0, "out": 0, "shed": 0, "failed": 0}
+        self.latencies = Ring()
+        self.started_at = 0.0
+        self.keep_input = callable(options.on_error) or any(callable(p) for p in host.on_error.values())
+        self.busy = False
+        self.ended = False  # the source has nothing more
+        self.closing = False
+        self.error: BaseException | None = None  # raised after the frames before it
+        self._last_index = -1
+        self._live = 0
+        self._requested = False
+        self._requesting = False
+        self._ready: asyncio.Future[None] | None = None
+        self._admitted: asyncio.Future[None] | None = None
+        self._settled: asyncio.Future[None] | None = None
+        self._feeder: asyncio.Task[None] | None = None
+        self._cleanup: asyncio.Task[None] | None = None
+
+    # ------------------------------------------------------------------ beginning
+
+    def start(self) -> None:
+        if self.engine is not None:
+            return
+        if self.closing:
+            raise ClosedError(f"{self.name} was closed")
+        self.engine = engine = self.host.lease()
+        self.started_at = engine.now()
+        self.limit = self.options.window or 0
+        if self.options.overflow != "wait":
+            self.hold = Channel(self.window_limit(), overflow=self.options.overflow)
+        engine.runs.add(self)
+        self._feeder = engine.loop.create_task(self._feed(), name=f"source:{engine.name}:{self.name}")
+
+    def window_limit(self) -> int:
+        assert self.engine is not None
+        return self.limit or self.engine.door.frames
+
+    # ------------------------------------------------------------------ source → hold → window
+
+    async def _feed(self) -> None:
+        engine, hold, wait = self.engine, self.hold, self.options.overflow == "wait"
+        assert engine is not None
+        iterator: Any = None
+        try:
+            iterator = pull(self.source, room=self._room)
+            async for item in iterator:
+                frame = self._make(item)
+                del item
+                if wait and self._enter_directly(frame):
+                    continue
+                shed = hold.put_nowait(frame)
+                if shed is not None:
+                    self._shed_overflow(shed)
+                self.request()
+                if not wait:
+                    await asyncio.sleep(0)  # a source that never waits must not keep the loop from the others
+                    continue
+                while hold.items:  # nothing is pulled that the pipeline has not got room for
+                    self._admitted = engine.loop.create_future()
+                    await self._admitted
+        except Exception as cause:
+            if isinstance(cause, ConfigurationError) and iterator is None:
+                self.error = cause
+            else:
+                self.error = SourceError(
+                    f"the source failed after {self.counts['in']} frames: {type(cause).__name__}: {cause}"
+                )
+                self.error.__cause__ = cause
+            log.warning("source.failed", run=self.name, error=repr(cause))
+        finally:
+            self.ended = True
+            self._wake_ready()
+            close = getattr(iterator, "aclose", None)
+            if close is not None:
+                try:
+                    await close()
+                except Exception as cause:
+                    if self.error is None and not self.closing:
+                        self.error = SourceError(f"the source failed while it was closed: {cause}")
+                        self.error.__cause__ = cause
+                        self._wake_ready()
+
+    def _make(self, item: Any) -> Frame:
+        engine, options = self.engine, self.options
+        assert engine is not None
+        index = self.counts["in"]
+        self.counts["in"] = index + 1
+        engine.counts["in"] += 1
+        sample = item if type(item) is Sample else None
+        payload = item if sample is None else sample.input
+        frame = engine.new_frame(self, index, None)
+        deadline = options.deadline
+        if sample is not None:
+            frame.key, frame.target, frame.ack = sample.key, sample.target, sample.ack
+            deadline = sample.deadline if sample.deadline is not None else deadline
+        if deadline is not None:
+            frame.deadline = frame.arrived + deadline
+        if self.keep_input:
+            frame.input = payload
+        tail = frame.tail
+        assert tail is not None
+        try:
+            tail.value = self.host.inspect(payload, index, frame.key)
+        except InputError as error:
+            frame.settled, frame.error, frame.tail = True, error, None
+        return frame
+
+    def _enter_directly(self, frame: Frame) -> bool:
+        """The common case in short: nothing is held, window and door have room."""
+        engine = self.engine
+        assert engine is not None
+        door = engine.door
+        if (
+            frame.settled
+            or door.nbytes is not None
+            or len(self.window) >= (self.limit or door.frames)
+            or not door.take()
+        ):
+            return False
+        self.window.append(frame)
+        self._live += 1
+        engine.enter(frame)
+        return True
+
+    def _room(self) -> int:
+        engine = self.engine
+        assert engine is not None
+        return min(self.window_limit() - len(self.window), engine.door.frames - engine.door.used)
+
+    def request(self) -> None:
+        """Bring in what is held, as far as window and credits allow."""
+        engine = self.engine
+        if self._requesting or self._requested or engine is None:
+            return
+        self._requesting = True
+        try:
+            while self.hold.items and len(self.window) < self.window_limit() and not self.closing:
+                if self.hold.items[0].settled:  # refused: it needs no credit, only its place in the order
+                    self._move_to_window()
+                    continue
+                self._requested = True
+                if not engine.door.admit(self, self):
+                    return
+        finally:
+            self._requesting = False
+
+    def _move_to_window(self) -> Frame:
+        frame = self.hold.get_nowait()
+        self.window.append(frame)
+        if frame.settled:
+            self._wake_ready()
+        admitted = self._admitted
+        if admitted is not None and not admitted.done():
+            admitted.set_result(None)
+        return frame
+
+    # Entrant, called by the door
+
+    def size(self) -> int:
+        return next((payload_bytes(f.tail.value) for f in self.hold.items if f.tail is not None), 0)
+
+    def enter(self) -> int | None:
+        self._requested = False
+        engine = self.engine
+        assert engine is not None
+        while self.hold.items and not self.closing:
+            frame = self._move_to_window()  # "latest" is decided here, with the credit in hand
+            if frame.settled:
+                continue
+            if frame.deadline is not None and engine.now() > frame.deadline:
+                self._expire(frame)
+                continue
+            if engine.door.nbytes is not None and frame.tail is not None:
+                frame.nbytes = payload_bytes(frame.tail.value)
+            self._live += 1
+            engine.enter(frame)
+            nbytes = frame.nbytes
+            self.request()
+            return nbytes
+        return None
+
+    def refused(self, why: AiotimeError) -> None:
+        self._requested = False
+        if self.error is None:
+            self.error = why
+        self.ended = True
+        while self.hold.items:
+            self._acknowledge(self.hold.get_nowait(), why)
+        self._wake_ready()
+
+    def _expire(self, frame: Frame) -> None:
+        frame.settled, frame.tail = True, None
+        frame.error = DeadlineExceeded(
+            f"frame {frame.index} was shed: its deadline passed at the door", frame=frame.index, key=frame.key
+        )
+        self._wake_ready()
+
+    def _shed_overflow(self, frame: Frame) -> None:
+        self._count("shed")
+        self._acknowledge(
+            frame, FrameShed(f"frame {frame.index} was shed by overflow={self.options.overflow!r}", frame=frame.index)
+        )
+
+    # Owner, called by the engine
+
+    def settled(self, frame: Frame) -> None:
+        self._live -= 1
+        if error := frame.error:
+            if isinstance(error, FrameError):
+                frame.value = None
+        if self.closing:
+            if self._settled is not None and not self._settled.done():
+                self._settled.set_result(None)
+        elif self.window and self.window[0] is frame:
+            self._wake_ready()
+
+    # ------------------------------------------------------------------ window → consumer
+
+    def _wake_ready(self) -> None:
+        ready = self._ready
+        if ready is not None and not ready.done():
+            ready.set_result(None)
+
+    async def next(self) -> Prediction:
+        """The next prediction; cancelled: nothing is taken."""
+        window = self.window
+        while not self.closing:
+            if window and window[0].settled:
+                frame = window.popleft()
+                if self.hold.items:
+                    self.request()
+                if frame.error is None:
+                    return self.emit(frame)
+                await self._failed(frame)
+                continue
+            if self.ended and not window and not self.hold.items:
+                error, self.error = self.error, None
+                await self.close()
+                if error is not None:
+                    raise error
+                raise StopAsyncIteration
+            assert self.engine is not None
+            self._ready = self.engine.loop.create_future()
+            try:
+                await self._ready
+            finally:
+                self._ready = None
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+        raise StopAsyncIteration
+
+    def emit(self, frame: Frame) -> Prediction:
+        self._count("out")
+        self.latencies.add(frame.latency)
+        gap = frame.index - self._last_index - 1
+        self._last_index = frame.index
+        prediction = Prediction(frame.value, frame.index, frame.key, None, None, frame.latency, gap)
+        if frame.ack is not None:
+            self._acknowledge(frame, None)
+        return prediction
+
+    async def _failed(self, frame: Frame) -> None:
+        error = frame.error
+        assert error is not None
+        self._acknowledge(frame, error)
+        if isinstance(error, FrameShed):
+            self._count("shed")
+            return
+        self._count("failed")
+        try:
+            if not isinstance(error, FrameError):
+                raise error
+            policy = self.host.on_error.get(error.stage, self.options.on_error) if error.stage else self.options.on_error
+            if policy == "raise":
+                raise error
+            self._check_budget(error)
+            if callable(policy):
+                await call_dead_letter(policy, frame, error)
+        except BaseException:
+            await self.close()
+            raise
+
+    def _check_budget(self, error: FrameError) -> None:
+        budget, failed = self.options.failure_budget, self.counts["failed"]
+        if budget is None:
+            return
+        if isinstance(budget, float):
+            seen = failed + self.counts["out"]
+            exceeded = failed > budget * seen and failed * budget >= budget and seen >= 1 / max(budget, 1e-9)
+            allowed = f"a share of {budget:g} ({failed} of {seen} failed)"
+        else:
+            exceeded, allowed = failed > budget, f"{budget} ({failed} failed)"
+        if exceeded:
+            raise FailureBudgetExceeded(f"more frames failed than the budget of {allowed}; the last: {error}") from error
+
+    def _count(self, what: str) -> None:
+        self.counts[what] += 1
+        assert self.engine is not None
+        self.engine.counts[what] += 1
+
+    def _acknowledge(self, frame: Frame, error: BaseException | None) -> None:
+        ack, frame.ack = frame.ack, None
+        if ack is not None:
+            try:
+                ack(error)
+            except Exception as cause:
+                assert self.engine is not None
+                self.engine.loop.call_exception_handler(
+                    {"message": f"aiotime: the ack of frame {frame.index} raised", "exception": cause}
+                )
+
+    # ------------------------------------------------------------------ end
+
+    def stop(self) -> None:
+        """Pull nothing more; what is in flight is still delivered, then the run ends."""
+        if self._feeder is not None and not self.ended:
+            self._feeder.cancel()
+        self.ended = True
+        self._wake_ready()
+
+    async def close(self) -> None:
+        """End at once: cancel the feeding, pass over queued work, wait for jobs that already run."""
+        task = self.begin_close()
+        if task is not None:
+            await asyncio.shield(task)
+
+    def begin_close(self) -> asyncio.Task[None] | None:
+        if self._cleanup is None:
+            self.closing = True
+            if self.engine is None:
+                return None  # it never began
+            self._cleanup = self.engine.loop.create_task(self._clean_up(), name=f"close:{self.name}")
+        return self._cleanup
+
+    async def _clean_up(self) -> None:
+        engine, feeder = self.engine, self._feeder
+        assert engine is not None and feeder is not None
+        self._wake_ready()
+        feeder.cancel()
+        engine.door.withdraw(self, self)
+        for frame in self.window:
+            frame.cancelled = True
+        await asyncio.wait([feeder])
+        while self._live:
+            self._settled = engine.loop.create_future()
+            await self._settled
+        gone = FrameCancelled(f"{self.name} ended before this frame was delivered")
+        for frame in (*self.window, *self.hold.abort()):
+            self._acknowledge(frame, gone)
+        self.window.clear()
+        engine.runs.discard(self)
+        await self.host.give_back()
+
+    def stats(self) -> RunStats:
+        engine = self.engine
+        latencies = self.latencies.values()
+        return RunStats(
+            name=self.name,
+            elapsed=engine.now() - self.started_at if engine is not None else 0.0,
+            frames_in=self.counts["in"],
+            frames_out=self.counts["out"],
+            frames_shed=self.counts["shed"],
+            frames_failed=self.counts["failed"],
+            window=len(self.window),
+            latency_p50=quantile(latencies, 0.5),
+            latency_p99=quantile(latencies, 0.99),
+        )
+
+
+async def call_dead_letter(policy: Callable[[Frame, FrameError], Any], frame: Frame, error: FrameError) -> None:
+    """Hand a failed frame to the user's callable, plain or async."""
+    result = policy(frame, error)
+    if inspect.isawaitable(result):
+        await result
+
+
+class Run:
+    """An async iterator of `Prediction`, in the order of the source; also an async context manager.
+
+    It starts with the first ``await``. An error of the source, a stage or the door is raised from
+    ``async for`` in its turn. Cancelling the consumer while it waits takes no prediction away: it may
+    go on iterating. Leave it early with ``async with pipeline.run(source) as run`` or `aclose`; a run
+    that is merely dropped is cleaned up too, with a ResourceWarning.
+    """
+
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Prediction:
+        state = self._state
+        if state.busy:
+            raise BusyError("this run is being iterated by another task; give each consumer a run of its own")
+        state.busy = True
+        try:
+            window = state.window
+            if window and window[0].settled and window[0].error is None and not state.closing and not state.hold.items:
+                return state.emit(window.popleft())
+            if state.engine is None:
+                if state.closing:
+                    raise StopAsyncIteration
+                state.start()
+            return await state.next()
+        finally:
+            state.busy = False
+
+    async def __aenter__(self) -> Self:
+        self._state.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def stop(self) -> None:
+        """Stop pulling from the source; what is in flight is delivered, then the iteration ends normally."""
+        self._state.stop()
+
+    async def aclose(self) -> None:
+        """End the run at once: its queued work is passed over. Waits until nothing of it is left. Idempotent."""
+        await self._state.close()
+
+    def stats(self) -> RunStats:
+        """A snapshot of this run's counters."""
+        return self._state.stats()
+
+    def __del__(self) -> None:
+        state = self._state
+        if state.engine is not None and not state.closing and not state.engine.loop.is_closed():
+            warnings.warn(
+                "a run was dropped before it ended; leave it with 'async with pipeline.run(...) as run:' or "
+                "'await run.aclose()'",
+                ResourceWarning,
+                stacklevel=2,
+            )
+            try:
+                state.engine.loop.call_soon_threadsafe(state.begin_close)
+            except RuntimeError:
+                pass  # the loop has just been closed

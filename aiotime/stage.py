@@ -1,0 +1,248 @@
+"""A stage: what the user says of it, and the task that receives, launches and hands on.
+
+    inbox ──▶ [ wait for room ▸ take a frame ▸ launch it ▸ hand it on with its pending value ] ──▶ next inbox
+
+Launch ahead, wait late: the task never waits for a result of its own, only for room among its launches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from aiotime.channel import Channel
+from aiotime.devices.base import Device, DeviceStream, Pending, Work
+from aiotime.errors import ConfigurationError, FrameError
+from aiotime.frame import Frame
+
+DeadLetter = Callable[[Frame, FrameError], Any]
+OnError = Literal["raise", "skip"] | DeadLetter
+
+INLINE_SLICE = 500e-6  # seconds of inline work in a row before the loop gets a turn
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Run a failed job again before its error counts; made by `retry`."""
+
+    attempts: int
+    backoff: float
+    then: OnError | None
+
+
+def retry(n: int, backoff: float = 0.1, *, then: OnError | None = None) -> Retry:
+    """A stage's ``on_error``: try a failed frame ``n`` more times.
+
+    The worker waits ``backoff`` seconds before the first new attempt and twice as long before each
+    further one; later frames of that worker wait with it, so that order is kept.
+
+    Args:
+        n: further attempts, at least 1.
+        backoff: seconds, 0 for none. A stage on ``inline`` cannot wait and takes only 0.
+        then: what happens to a frame that failed every time; None: what the run says.
+    """
+    if n < 1 or backoff < 0:
+        raise ConfigurationError(f"retry(n, backoff) needs n >= 1 and backoff >= 0 seconds, not n={n}, backoff={backoff}")
+    check_on_error(then)
+    return Retry(n, backoff, then)
+
+
+def check_on_error(policy: Any) -> None:
+    """Raise `ConfigurationError` unless ``policy`` is None, "raise", "skip" or a callable."""
+    if policy is not None and policy not in ("raise", "skip") and not callable(policy):
+        raise ConfigurationError(f'on_error must be "raise", "skip" or a callable (frame, error), not {policy!r}')
+
+
+class Stage:
+    """One stage of `Pipeline.from_stages`: a function or module, and where it runs.
+
+    Args:
+        fn: ``value -> value``. A module gets a tensor as its argument, a tuple as positional and a dict
+            as keyword arguments; a function gets the value as it is.
+        device: ``"cpu:0"``, ``"cuda:0"``, ``"inline"`` or a Device. None: a CPU worker of its own. Stages
+            that name the same ``cpu:N`` share its thread.
+        name: for errors, statistics and traces; by default that of the function or module.
+        workers: how many frames this stage may work on at once; the order of frames is kept. For
+            functions and modules without state.
+        on_error: ``"raise"``, ``"skip"``, a callable ``(frame, error)``, or `retry`; None: what the run says.
+        timeout: seconds after which a frame fails with `StageTimeout`. Python cannot end a running
+            function: its thread is left to itself and replaced.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[Any], Any],
+        *,
+        device: str | Device | None = None,
+        name: str | None = None,
+        workers: int = 1,
+        on_error: OnError | Retry | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        if not callable(fn):
+            raise ConfigurationError(f"a stage is made of a function or module, not of a {type(fn).__name__}")
+        call = fn.forward if isinstance(fn, torch.nn.Module) else fn
+        if inspect.iscoroutinefunction(call):
+            raise ConfigurationError(
+                f"stage {_name_of(fn)!r} is an async function; a stage computes. Await in the source, or in the "
+                "body of 'async for' behind the pipeline"
+            )
+        if workers < 1:
+            raise ConfigurationError(f"stage {_name_of(fn)!r} needs at least one worker, not {workers}")
+        if timeout is not None and timeout <= 0:
+            raise ConfigurationError(f"stage {_name_of(fn)!r}: timeout must be positive seconds, not {timeout}")
+        if not isinstance(on_error, Retry):
+            check_on_error(on_error)
+        self.fn = fn
+        self.device = device
+        self.name = name or _name_of(fn)
+        self.workers = workers
+        self.on_error = on_error
+        self.timeout = timeout
+
+    def __repr__(self) -> str:
+        return f"Stage({self.name!r}, device={self.device!r}, workers={self.workers})"
+
+
+@dataclass(slots=True)
+class StageSpec:
+    """A stage with everything resolved, as the engine takes it."""
+
+    name: str
+    fn: Callable[[Any], Any]
+    device: Device
+    workers: int = 1
+    on_error: OnError | None = None
+    timeout: float | None = None
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """The same names, later ones numbered where they repeat: relu, relu.2, relu.3."""
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        result.append(name if seen[name] == 1 else f"{name}.{seen[name]}")
+    return result
+
+
+def spread(module: torch.nn.Module) -> Callable[[Any], Any]:
+    """``module`` as a function of one value: a tuple becomes positional, a dict keyword arguments."""
+
+    def call(value: Any) -> Any:
+        if type(value) is tuple:
+            return module(*value)
+        if type(value) is dict:
+            return module(**value)
+        return module(value)
+
+    return call
+
+
+def with_retries(fn: Callable[[Any], Any], policy: Retry, stage: str, device: Device) -> Callable[[Any], Any]:
+    """``fn``, tried again as ``policy`` says."""
+    if policy.backoff and not device.may_sleep:
+        raise ConfigurationError(
+            f"stage {stage!r} runs on {device.name} and must not wait between attempts: "
+            f"use retry({policy.attempts}, backoff=0) or a device with a thread of its own"
+        )
+
+    def attempt(value: Any) -> Any:
+        pause = policy.backoff
+        for _ in range(policy.attempts):
+            try:
+                return fn(value)
+            except Exception:  # the last attempt, below, is the one whose error counts
+                if pause:
+                    time.sleep(pause)
+                pause *= 2
+        return fn(value)
+
+    return attempt
+
+
+class StageRunner:
+    """The working half of a stage in an open pipeline: its inbox, its device stream, its launches."""
+
+    __slots__ = ("inbox", "launched", "limit", "ready", "spec", "stream", "work")
+
+    def __init__(
+        self,
+        spec: StageSpec,
+        work: Work,
+        stream: DeviceStream,
+        limit: int,
+        ready: Callable[[Pending], Awaitable[None]],
+    ) -> None:
+        self.spec = spec
+        self.work = work
+        self.stream = stream
+        self.limit = limit  # launches in flight; changed while running when the depth adapts
+        self.ready = ready  # await until the host may read a pending value
+        self.inbox: Channel[Frame] = Channel()  # bounded by the credits at the door, so a put never waits
+        self.launched: deque[Pending] = deque()
+
+    async def serve(self, following: Channel[Frame] | None) -> None:
+        """Take, launch, hand on, until cancelled. Between taking and handing on nothing can be lost."""
+        inbox, stream, launched, work = self.inbox, self.stream, self.launched, self.work
+        items, last, on_loop = inbox.items, following is None, stream.wants_host_ready
+        slice_start = time.perf_counter()
+        while True:
+            while launched and launched[0].done:
+                launched.popleft()
+            if len(launched) >= self.limit:
+                stream.ring()
+                # half of a long queue is refilled at once, a short one as soon as there is room
+                await self._finished(launched[len(launched) // 2 if len(launched) >= 8 else 0])
+                continue
+            if not items:
+                stream.ring()
+                frame = await inbox.get()
+                slice_start = time.perf_counter()
+            else:
+                frame = inbox.get_nowait()
+            if on_loop:
+                tail = frame.tail
+                if tail is not None and (not tail.done or tail.event is not None):
+                    await self.ready(tail)
+            if frame.settled:
+                continue  # the pipeline ended it meanwhile
+            if frame.control is None:
+                pending = stream.launch(work, frame, last=last)
+            else:
+                pending = stream.exclusive(work, _action(frame, work.index), frame, last=last)
+            if not frame.settled:
+                frame.tail = pending
+            if not last:
+                assert following is not None
+                following.put_nowait(frame)
+            if on_loop:
+                if time.perf_counter() - slice_start > INLINE_SLICE:
+                    await asyncio.sleep(0)
+                    slice_start = time.perf_counter()
+            else:
+                launched.append(pending)
+
+    async def _finished(self, pending: Pending) -> None:
+        if not pending.done:
+            pending.waiter = waiter = asyncio.get_running_loop().create_future()
+            if not pending.done:  # it may have finished before it could see the waiter
+                await waiter
+
+
+def _action(frame: Frame, stage: int) -> Callable[[], None]:
+    control = frame.control
+    assert control is not None
+    return lambda: control.apply(stage)
+
+
+def _name_of(fn: Any) -> str:
+    name = getattr(fn, "__name__", None) or type(fn).__name__
+    return "stage" if name == "<lambda>" else str(name)
