@@ -31,7 +31,7 @@ def check_overflow(overflow: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ChannelStats:
-    """Counters of one channel. Near-zero ``blocked_on_get`` with large ``blocked_on_put``: the receiver is the slow side.
+    """Counters of one channel. Little ``blocked_on_get`` and much ``blocked_on_put``: the receiver is the slow side.
 
     ``occupancy_mean`` is the mean number of items that a put found waiting.
     """
@@ -64,8 +64,8 @@ class Channel(Generic[T]):
         "_getters",
         "_occupancy_max",
         "_occupancy_sum",
-        "_putters",
         "_puts",
+        "_putters",
         "_shed",
         "capacity",
         "items",
@@ -160,7 +160,7 @@ class Channel(Generic[T]):
         return self.get_nowait()
 
     def close(self, error: BaseException | None = None) -> None:
-        """No more will come. The receiver gets what is left, then ``error`` or `ClosedError`. Idempotent: first wins."""
+        """No more will come: the receiver gets what is left, then ``error`` or `ClosedError`. The first call wins."""
         if not self._closed:
             self._closed, self._error = True, error
             _wake_all(self._getters)

@@ -147,7 +147,7 @@ class Engine:
                         stage.serve(following.inbox if following else None),
                         name=f"stage:{stage.spec.name}@{stage.spec.device.name}",
                     )
-        except* Exception as group_error:
+        except* Exception as group_error:  # noqa: BLE001 - told to everybody who waits
             first = group_error.exceptions[0]
             why = BrokenError(f"a stage task of pipeline {self.name!r} died: {type(first).__name__}: {first}")
             why.__cause__ = first
@@ -189,6 +189,7 @@ class Engine:
     # ------------------------------------------------------------------ frames
 
     def new_frame(self, owner: Owner, index: int, payload: Any) -> Frame:
+        """A frame that arrives now; it has taken no credit yet."""
         return Frame(owner, index, Pending(payload, done=True), self.now())
 
     def enter(self, frame: Frame) -> None:
@@ -219,7 +220,7 @@ class Engine:
         frame = pending.frame
         if frame is not None:
             if pending.event is None or pending.error is not None:
-                frame.value = pending.value
+                frame.value, pending.value = pending.value, None  # a stage may remember the pending a while
                 self.settle(frame, pending.error)
             else:
                 self._when_passed(pending, frame)
@@ -228,7 +229,7 @@ class Engine:
         from aiotime.devices.poller import Poller  # an accelerator is in use: its module is loaded already
 
         def passed(error: BaseException | None) -> None:
-            frame.value = pending.value
+            frame.value, pending.value = pending.value, None
             self.settle(frame, error)
 
         assert pending.event is not None

@@ -1,22 +1,22 @@
 """Every error aiotime raises, told apart by who caused it.
 
-    AiotimeError
-    ├── ConfigurationError      you built or called something in a way that cannot work (also a ValueError)
-    │   ├── TraceError          the model cannot be cut into layers; the message names the place and the way out
-    │   └── PlanError           a plan does not fit the model or the devices
-    ├── ClosedError             you closed it (or never opened it)
-    ├── BusyError               two tasks use what one may use
-    ├── WouldBlock              a ``*_nowait`` call could not be served at once
-    ├── BrokenError             the other side broke: a stage task or a device died, everything ends
-    ├── SourceError             the source raised; ``__cause__`` is what it raised
-    ├── FailureBudgetExceeded   more frames failed than the run allows; ``__cause__`` is the last failure
-    └── FrameError              one frame did not make it; carries ``stage``, ``frame`` and ``key``
-        ├── InputError          refused at the door: wrong shape, dtype, structure, NaN (also a ValueError)
-        ├── StageError          a stage's code raised on this frame; ``__cause__`` is what it raised
-        │   └── StageTimeout    the stage took longer than its timeout
-        └── FrameShed           given up on purpose
-            ├── DeadlineExceeded  its deadline passed before it was computed (also a TimeoutError)
-            └── FrameCancelled    whoever asked for it no longer wants it
+AiotimeError
+├── ConfigurationError      you built or called something in a way that cannot work (also a ValueError)
+│   ├── TraceError          the model cannot be cut into layers; the message names the place and the way out
+│   └── PlanError           a plan does not fit the model or the devices
+├── ClosedError             you closed it (or never opened it)
+├── BusyError               two tasks use what one may use
+├── WouldBlock              a ``*_nowait`` call could not be served at once
+├── BrokenError             the other side broke: a stage task or a device died, everything ends
+├── SourceError             the source raised; ``__cause__`` is what it raised
+├── FailureBudgetExceeded   more frames failed than the run allows; ``__cause__`` is the last failure
+└── FrameError              one frame did not make it; carries ``stage``, ``frame`` and ``key``
+    ├── InputError          refused at the door: wrong shape, dtype, structure, NaN (also a ValueError)
+    ├── StageError          a stage's code raised on this frame; ``__cause__`` is what it raised
+    │   └── StageTimeout    the stage took longer than its timeout
+    └── FrameShed           given up on purpose
+        ├── DeadlineExceeded  its deadline passed before it was computed (also a TimeoutError)
+        └── FrameCancelled    whoever asked for it no longer wants it
 """
 
 from __future__ import annotations

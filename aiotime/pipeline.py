@@ -68,7 +68,7 @@ class Pipeline:
         >>> import asyncio, torch, aiotime
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
         >>> async def main():
-        ...     pipeline = aiotime.Pipeline(model, example=torch.zeros(1, 4), devices=["cpu:0", "cpu:1"], balance="even")
+        ...     pipeline = aiotime.Pipeline(model, example=torch.zeros(1, 4), devices=["cpu:0", "cpu:1"])
         ...     return [tuple(pred.output.shape) async for pred in pipeline.run(torch.rand(3, 1, 4))]
         >>> asyncio.run(main())
         [(1, 2), (1, 2), (1, 2)]
@@ -137,7 +137,10 @@ class Pipeline:
 
         Args:
             stages: `Stage` objects; a bare function or module stands for ``Stage(it)``.
-            depth, budget, budget_bytes, name: as for `Pipeline`.
+            depth: launches in flight per worker, as for `Pipeline`.
+            budget: frames in flight, as for `Pipeline`.
+            budget_bytes: bytes of payload in flight, as for `Pipeline`.
+            name: for task names, logs and statistics.
 
         Frames are not inspected: the first stage gets what the source yields.
 
@@ -182,9 +185,7 @@ class Pipeline:
         pipeline._finish(specs, None)
         return pipeline
 
-    def _set_up(
-        self, depth: int | None, budget: int | None, budget_bytes: int | None, warm_up: int, name: str
-    ) -> None:
+    def _set_up(self, depth: int | None, budget: int | None, budget_bytes: int | None, warm_up: int, name: str) -> None:
         if depth is not None and depth < 1:
             raise ConfigurationError(f"depth must be at least 1 launch in flight per stage, not {depth}")
         if budget is not None and budget < 1:
@@ -251,7 +252,7 @@ class Pipeline:
             return engine
         if engine is not None and not engine.loop.is_closed():
             raise ConfigurationError(
-                f"pipeline {self.name!r} is open on another event loop; use one pipeline per loop or close it there first"
+                f"pipeline {self.name!r} is open on another event loop; use one pipeline per loop or close it there"
             )
         self._engine = engine = Engine(
             self._specs,
@@ -288,16 +289,19 @@ class Pipeline:
     # Host, as runs see it
 
     def lease(self) -> Engine:
+        """The open engine, opened if need be; to be given back."""
         engine = self._open()
         self._leases += 1
         return engine
 
     async def give_back(self) -> None:
+        """A run ends; the last one closes a pipeline that nobody opened by hand."""
         self._leases -= 1
         if self._leases == 0 and not self._entered:
             await self.aclose()
 
     def inspect(self, payload: Any, index: int | None, key: Any) -> Any:
+        """The payload if the model takes it, else `InputError`."""
         return payload if self._spec is None else self._spec.check(payload, index, key)
 
     # ------------------------------------------------------------------ work
@@ -309,7 +313,7 @@ class Pipeline:
         overflow: Overflow = "wait",
         on_error: OnError = "raise",
         deadline: float | None = None,
-        failure_budget: int | float | None = None,
+        failure_budget: float | None = None,
         window: int | None = None,
     ) -> Run:
         """Send a stream through; several runs at once share the stages, each with its own order.
@@ -453,7 +457,7 @@ class Pipeline:
             raise ConfigurationError(f"load_state_dict: missing keys {missing}, unexpected keys {unexpected}")
         wrong = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
         if wrong:
-            key = sorted(wrong)[0]
+            key = min(wrong)
             raise ConfigurationError(
                 f"load_state_dict: {key!r} has shape {tuple(state[key].shape)}, the model's is {tuple(own[key].shape)}"
             )
@@ -612,6 +616,10 @@ class _Swap:
         self.done: asyncio.Future[None] | None = None
 
     def apply(self, stage: int) -> None:
+        with torch.inference_mode(mode=False):  # weights stay ordinary tensors, fit for learning
+            self._load(stage)
+
+    def _load(self, stage: int) -> None:
         pipeline = self._pipeline
         if pipeline._model is not None:
             pipeline._pieces[stage].load(self._state)

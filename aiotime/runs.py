@@ -71,7 +71,7 @@ class RunOptions:
         overflow: Overflow,
         on_error: OnError,
         deadline: float | None,
-        failure_budget: int | float | None,
+        failure_budget: float | None,
         window: int | None,
     ) -> None:
         check_overflow(overflow)
@@ -131,6 +131,7 @@ class RunState:
     # ------------------------------------------------------------------ beginning
 
     def start(self) -> None:
+        """Begin to pull; opens the pipeline if need be."""
         if self.engine is not None:
             return
         if self.closing:
@@ -144,6 +145,7 @@ class RunState:
         self._feeder = engine.loop.create_task(self._feed(), name=f"source:{engine.name}:{self.name}")
 
     def window_limit(self) -> int:
+        """Frames in flight or waiting for the consumer, at most."""
         assert self.engine is not None
         return self.limit or self.engine.door.frames
 
@@ -170,7 +172,7 @@ class RunState:
                 while hold.items:  # nothing is pulled that the pipeline has not got room for
                     self._admitted = engine.loop.create_future()
                     await self._admitted
-        except Exception as cause:
+        except Exception as cause:  # noqa: BLE001 - raised to the consumer, after the frames before it
             if isinstance(cause, ConfigurationError) and iterator is None:
                 self.error = cause
             else:
@@ -186,7 +188,7 @@ class RunState:
             if close is not None:
                 try:
                     await close()
-                except Exception as cause:
+                except Exception as cause:  # noqa: BLE001 - raised to the consumer
                     if self.error is None and not self.closing:
                         self.error = SourceError(f"the source failed while it was closed: {cause}")
                         self.error.__cause__ = cause
@@ -269,9 +271,11 @@ class RunState:
     # Entrant, called by the door
 
     def size(self) -> int:
+        """Bytes of the frame that would enter next."""
         return next((payload_bytes(f.tail.value) for f in self.hold.items if f.tail is not None), 0)
 
     def enter(self) -> int | None:
+        """A credit is ours: the held frame that the policy chooses goes in."""
         self._requested = False
         engine = self.engine
         assert engine is not None
@@ -292,6 +296,7 @@ class RunState:
         return None
 
     def refused(self, why: AiotimeError) -> None:
+        """The pipeline ended while a frame of ours waited at its door."""
         self._requested = False
         if self.error is None:
             self.error = why
@@ -316,10 +321,8 @@ class RunState:
     # Owner, called by the engine
 
     def settled(self, frame: Frame) -> None:
+        """A frame of ours has its outcome."""
         self._live -= 1
-        if error := frame.error:
-            if isinstance(error, FrameError):
-                frame.value = None
         if self.closing:
             if self._settled is not None and not self._settled.done():
                 self._settled.set_result(None)
@@ -363,6 +366,7 @@ class RunState:
         raise StopAsyncIteration
 
     def emit(self, frame: Frame) -> Prediction:
+        """Hand out the head of the window."""
         self._count("out")
         self.latencies.add(frame.latency)
         gap = frame.index - self._last_index - 1
@@ -383,7 +387,9 @@ class RunState:
         try:
             if not isinstance(error, FrameError):
                 raise error
-            policy = self.host.on_error.get(error.stage, self.options.on_error) if error.stage else self.options.on_error
+            policy = (
+                self.host.on_error.get(error.stage, self.options.on_error) if error.stage else self.options.on_error
+            )
             if policy == "raise":
                 raise error
             self._check_budget(error)
@@ -404,7 +410,9 @@ class RunState:
         else:
             exceeded, allowed = failed > budget, f"{budget} ({failed} failed)"
         if exceeded:
-            raise FailureBudgetExceeded(f"more frames failed than the budget of {allowed}; the last: {error}") from error
+            raise FailureBudgetExceeded(
+                f"more frames failed than the budget of {allowed}; the last: {error}"
+            ) from error
 
     def _count(self, what: str) -> None:
         self.counts[what] += 1
@@ -416,7 +424,7 @@ class RunState:
         if ack is not None:
             try:
                 ack(error)
-            except Exception as cause:
+            except Exception as cause:  # noqa: BLE001 - told to the loop's exception handler
                 assert self.engine is not None
                 self.engine.loop.call_exception_handler(
                     {"message": f"aiotime: the ack of frame {frame.index} raised", "exception": cause}
@@ -438,6 +446,7 @@ class RunState:
             await asyncio.shield(task)
 
     def begin_close(self) -> asyncio.Task[None] | None:
+        """The task that ends this run, started once; None if the run never began."""
         if self._cleanup is None:
             self.closing = True
             if self.engine is None:
@@ -465,6 +474,7 @@ class RunState:
         await self.host.give_back()
 
     def stats(self) -> RunStats:
+        """A snapshot of the counters."""
         engine = self.engine
         latencies = self.latencies.values()
         return RunStats(

@@ -49,7 +49,9 @@ def retry(n: int, backoff: float = 0.1, *, then: OnError | None = None) -> Retry
         then: what happens to a frame that failed every time; None: what the run says.
     """
     if n < 1 or backoff < 0:
-        raise ConfigurationError(f"retry(n, backoff) needs n >= 1 and backoff >= 0 seconds, not n={n}, backoff={backoff}")
+        raise ConfigurationError(
+            f"retry(n, backoff) needs n >= 1 and backoff >= 0 seconds, not n={n}, backoff={backoff}"
+        )
     check_on_error(then)
     return Retry(n, backoff, then)
 
@@ -159,7 +161,7 @@ def with_retries(fn: Callable[[Any], Any], policy: Retry, stage: str, device: De
         for _ in range(policy.attempts):
             try:
                 return fn(value)
-            except Exception:  # the last attempt, below, is the one whose error counts
+            except Exception:  # noqa: BLE001 - the last attempt, below, is the one whose error counts
                 if pause:
                     time.sleep(pause)
                 pause *= 2
@@ -191,6 +193,12 @@ class StageRunner:
 
     async def serve(self, following: Channel[Frame] | None) -> None:
         """Take, launch, hand on, until cancelled. Between taking and handing on nothing can be lost."""
+        try:
+            await self._serve(following)
+        finally:
+            self.stream.ring()  # ends a burst that a crash cut short
+
+    async def _serve(self, following: Channel[Frame] | None) -> None:
         inbox, stream, launched, work = self.inbox, self.stream, self.launched, self.work
         items, last, on_loop = inbox.items, following is None, stream.wants_host_ready
         slice_start = time.perf_counter()
@@ -211,6 +219,7 @@ class StageRunner:
             if on_loop:
                 tail = frame.tail
                 if tail is not None and (not tail.done or tail.event is not None):
+                    stream.ring()
                     await self.ready(tail)
             if frame.settled:
                 continue  # the pipeline ended it meanwhile
@@ -225,6 +234,7 @@ class StageRunner:
                 following.put_nowait(frame)
             if on_loop:
                 if time.perf_counter() - slice_start > INLINE_SLICE:
+                    stream.ring()
                     await asyncio.sleep(0)
                     slice_start = time.perf_counter()
             else:

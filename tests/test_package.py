@@ -17,7 +17,7 @@ import pytest
 import aiotime
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ["PIL", "aiostream", "av", "click", "matplotlib", "numpy", "rich", "sklearn"]  # as they are imported
+EXTRAS = ["PIL", "aiostream", "av", "click", "matplotlib", "rich", "sklearn"]  # as they are imported
 
 
 def modules_after(statement: str) -> set[str]:

@@ -1,9 +1,9 @@
 """Where stages run. One file a device, one contract (`base`).
 
-    inline      the event loop itself           inline.py
-    cpu:N       worker threads                  cpu.py, worker.py
-    cuda:N      streams of an accelerator       cuda.py
-    sim:N       stated times, virtual clock     simulated.py
+inline      the event loop itself           inline.py
+cpu:N       worker threads                  cpu.py, worker.py
+cuda:N      streams of an accelerator       cuda.py
+sim:N       stated times, virtual clock     simulated.py
 """
 
 from __future__ import annotations

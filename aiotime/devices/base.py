@@ -61,6 +61,7 @@ class Pending:
 
 
 def always() -> bool:
+    """For `Work.starved` where nobody knows better."""
     return True
 
 
@@ -115,7 +116,7 @@ def passed_over(frame: Frame, now: Callable[[], float]) -> FrameCancelled | Dead
 
 
 def stage_failed(work: Work, frame: Frame, cause: BaseException) -> FrameError:
-    """``cause``, raised by user code, as the error of this frame. Without its traceback, which would pin the payload."""
+    """``cause``, raised by user code, as this frame's error; without its traceback, which would pin the payload."""
     if isinstance(cause, InputError):  # a check of the input that ran on the device: still a refusal at the door
         cause.frame, cause.key = frame.index, frame.key
         return cause.with_traceback(None)
@@ -199,10 +200,11 @@ class DeviceStream(ABC):
     def ring(self) -> None:
         """Let what was launched start; called once after a burst of launches."""
 
-    def pulse(self, now: float) -> None:
-        """Called on the loop every few milliseconds while frames are in flight: the upper bound on
-        every delay taken on purpose. Announce what was finished but not yet announced; end jobs whose
-        ``work.timeout`` has passed."""
+    def pulse(self, now: float) -> None:  # noqa: B027 - most devices delay nothing
+        """Keep delays bounded: called on the loop every few milliseconds while frames are in flight.
+
+        Announce what was finished but not yet announced; end jobs whose ``work.timeout`` has passed.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -85,7 +85,9 @@ class VirtualClock:
 class SimulatedStream(DeviceStream):
     """Starts jobs in launch order on ``workers`` virtual workers; runs their functions at their virtual end."""
 
-    def __init__(self, name: str, completions: Completions, clock: VirtualClock, seconds: Seconds, workers: int) -> None:
+    def __init__(
+        self, name: str, completions: Completions, clock: VirtualClock, seconds: Seconds, workers: int
+    ) -> None:
         self.name = name
         self._completions = completions
         self._clock = clock

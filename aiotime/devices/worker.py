@@ -132,8 +132,10 @@ class WorkerStream(DeviceStream):
         return False
 
     def lend(self, host: WorkerStream | None) -> None:
-        """From the next launch on our jobs run on ``host``'s worker; None: on our own again. Order is kept:
-        the first of them waits until the last one launched before has run."""
+        """Have our jobs run on ``host``'s worker from the next launch on; None: on our own again.
+
+        Order is kept: the first of them waits until the last one launched before has run.
+        """
         before, after = self._host or self, host or self
         if before is after:
             return

@@ -70,10 +70,10 @@ class Door:
 
     def admit(self, flow: Hashable, entrant: Entrant) -> bool:
         """Let ``entrant`` in at once (True), or when its turn comes (False)."""
-        if not self._flows and not self.paused and self.used < self.frames and not self._pumping:
-            if self.nbytes is None or self._fits(entrant):
-                self._enter(entrant)
-                return True
+        free = not self._flows and not self.paused and not self._pumping and self.used < self.frames
+        if free and (self.nbytes is None or self._fits(entrant)):
+            self._enter(entrant)
+            return True
         self._flows.setdefault(flow, deque()).append(entrant)
         return False
 

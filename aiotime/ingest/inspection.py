@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -59,7 +59,7 @@ class InputSpec:
                 "a tensor, a tuple of arguments or a dict of keyword arguments"
             )
         first = self._leaves[0]
-        self._single: _Leaf | None = first if isinstance(example, torch.Tensor | np.ndarray) else None
+        self._single: _Leaf | None = first if isinstance(example, torch.Tensor) or is_array(example) else None
 
     def check(self, payload: Any, index: int | None = None, key: Hashable = None) -> Any:
         """The payload with numpy arrays turned into tensors (sharing memory).
@@ -68,9 +68,14 @@ class InputSpec:
             InputError: wrong structure, shape, dtype or device, or not a tensor.
         """
         single = self._single
-        if single is not None and type(payload) is torch.Tensor:
-            if payload.dtype is single.dtype and single.admits(payload.shape) and payload.device.type == "cpu":
-                return payload
+        if (
+            single is not None
+            and type(payload) is torch.Tensor
+            and payload.dtype is single.dtype
+            and payload.device.type == "cpu"
+            and single.admits(payload.shape)
+        ):
+            return payload
         return self._check_slowly(payload, index, key)
 
     def _check_slowly(self, payload: Any, index: int | None, key: Hashable) -> Any:
@@ -128,16 +133,22 @@ def payload_bytes(payload: Any) -> int:
     if type(payload) is torch.Tensor:
         return payload.nbytes
     leaves = pytree.tree_leaves(payload)
-    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor | np.ndarray))
+    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor) or is_array(leaf))
+
+
+def is_array(value: Any) -> bool:
+    """Is it a numpy array? (numpy is not required: who hands in arrays has imported it.)"""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
 
 
 def _to_tensors(payload: Any) -> Any:
     if isinstance(payload, torch.Tensor):
         return payload
-    if isinstance(payload, np.ndarray):
+    if is_array(payload):
         return torch.from_numpy(payload)
     if isinstance(payload, dict | tuple | list):
-        return pytree.tree_map(lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x, payload)
+        return pytree.tree_map(lambda x: torch.from_numpy(x) if is_array(x) else x, payload)
     return payload
 
 

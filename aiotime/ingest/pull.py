@@ -1,10 +1,10 @@
 """Any source as one async iterator that is closed when the run ends.
 
-    async iterable, aiostream stream      iterated on the loop
-    list, tuple, range, tensor, array     iterated on the loop (they cannot block)
-    any other iterable                    pulled on a thread of its own
-    callable                              called for each frame, on a thread; StopIteration ends the stream
-    async callable                        awaited for each frame; StopAsyncIteration ends the stream
+async iterable, aiostream stream      iterated on the loop
+list, tuple, range, tensor, array     iterated on the loop (they cannot block)
+any other iterable                    pulled on a thread of its own
+callable                              called for each frame, on a thread; StopIteration ends the stream
+async callable                        awaited for each frame; StopAsyncIteration ends the stream
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-import numpy as np
 import torch
 
 from aiotime.errors import ConfigurationError
+from aiotime.ingest.inspection import is_array
 
 PATIENCE = 2.0  # seconds that closing waits for a source that blocks inside next()
 
-_IN_MEMORY = (list, tuple, range, deque, torch.Tensor, np.ndarray)
+_IN_MEMORY = (list, tuple, range, deque, torch.Tensor)
 
 
 def pull(source: Any, *, room: Callable[[], int]) -> AsyncIterator[Any]:
@@ -48,7 +48,7 @@ def pull(source: Any, *, room: Callable[[], int]) -> AsyncIterator[Any]:
         return source
     if hasattr(source, "__aiter__"):
         return _from_async(source)
-    if isinstance(source, _IN_MEMORY):
+    if isinstance(source, _IN_MEMORY) or is_array(source):
         return _from_memory(iter(source))
     if hasattr(source, "__iter__"):
         return ThreadPuller(lambda: iter(source), room)
@@ -182,14 +182,14 @@ class ThreadPuller:
                 self._items.append(item)
                 del item
                 self._wake()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised from the loop's side
             self._error = error
         finally:
             close = getattr(iterator, "close", None)
             if close is not None and inspect.isgenerator(iterator):
                 try:
                     close()
-                except BaseException as error:
+                except BaseException as error:  # noqa: BLE001 - raised from the loop's side
                     self._error = self._error or error
             self._ended = True
             self._wake()

@@ -21,13 +21,14 @@ class Tracer(Protocol):
 class Ring:
     """The newest `WINDOW` durations in seconds, for quantiles of what happens now rather than ever."""
 
-    __slots__ = ("count", "_values")
+    __slots__ = ("_values", "count")
 
     def __init__(self) -> None:
         self.count = 0
         self._values = array("d", bytes(8 * WINDOW))
 
     def add(self, seconds: float) -> None:
+        """Remember one duration; the oldest is forgotten."""
         self._values[self.count & (WINDOW - 1)] = seconds
         self.count += 1
 

@@ -8,9 +8,11 @@ From it follow the bytes that cross a cut, the work in each node, and the places
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +37,8 @@ class Recording:
         bytes: per node with a value, the bytes of its tensors.
         spec: per node whose value is a structure with tensors in it, that structure.
         work: per step, floating-point operations plus memory moved; the same on every machine.
-        last_use: per node, the last step that reads it (``len(steps)`` for an output).
+        position: per node with a value, the step that makes it, -1 for an input; in graph order.
+        last_use: per node with a value, the last step that reads it (``len(steps)`` for an output).
         uncuttable: cuts that would change what the model computes.
         changed: tensors of the model that a frame changes.
         writers: steps that change a value made by another step.
@@ -46,6 +49,7 @@ class Recording:
     bytes: dict[fx.Node, int] = field(default_factory=dict)
     spec: dict[fx.Node, pytree.TreeSpec] = field(default_factory=dict)
     work: list[float] = field(default_factory=list)
+    position: dict[fx.Node, int] = field(default_factory=dict)
     last_use: dict[fx.Node, int] = field(default_factory=dict)
     uncuttable: set[int] = field(default_factory=set)
     changed: list[torch.Tensor] = field(default_factory=list)
@@ -55,14 +59,7 @@ class Recording:
 
     def live(self, cut: int) -> list[fx.Node]:
         """The values that cross ``cut``, in the order they were made."""
-        return [node for node in self._made(cut) if self.last_use.get(node, -1) >= cut]
-
-    def _made(self, cut: int) -> Iterator[fx.Node]:
-        for node in self.last_use:  # in graph order
-            if self.position[node] < cut:
-                yield node
-
-    position: dict[fx.Node, int] = field(default_factory=dict)  # step of each node, -1 for an input
+        return [node for node, last in self.last_use.items() if self.position[node] < cut <= last]
 
 
 def record(captured: Captured, example: Any) -> Recording:
@@ -150,12 +147,15 @@ class _Recorder(fx.Interpreter):
             touched[storage].append(step)
         before = [(storage, tensor, _fingerprint(tensor)) for storage in owned for tensor in self.buffers[storage]]
         versions = [(tensor, _version(tensor)) for tensor in read]
-        with _Work() as work:
-            if node.op == "call_module":
-                value = self.captured.attributes[str(node.target)](*args, **kwargs)
-            else:
-                value = getattr(self, node.op)(node.target, args, kwargs)
-        self.seen.work.append(work.done)
+        if node.op == "call_module":
+            operation = self.captured.attributes[str(node.target)]
+        else:
+            operation = functools.partial(getattr(self, node.op), node.target)
+            args, kwargs = (args, kwargs), {}
+        with _Work() if node.op == "call_module" or not operands else nullcontext() as work:
+            value = operation(*args, **kwargs)
+        # a higher-order operator refuses to run below a mode: judged by what it reads
+        self.seen.work.append(_MOVED * sum(tensor.numel() for tensor in read) if work is None else work.done)
         altered.update(storage for storage, tensor, earlier in before if _differs(tensor, earlier))
         for tensor, version in versions:
             if _version(tensor) != version and _storage(tensor) not in self.buffers:

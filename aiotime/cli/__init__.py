@@ -1,0 +1,26 @@
+"""The command ``aiotime``: run a model over a stream, plan it, or see it work (extra ``[cli]``).
+
+    main.py       the group of commands
+    run.py        aiotime run: a source through a pipeline into JSON lines
+    plan.py       aiotime plan: measure a model and print how it would be cut
+    demo.py       aiotime demo: the whole of it on handwritten digits
+    factory.py    module:factory -> a model or a pipeline, and an example frame
+    writing.py    predictions -> JSON lines
+    interrupt.py  Ctrl-C: first drain, then abort
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Entry point of the command; says what to install where click or rich is missing."""
+    try:
+        import click  # noqa: F401 - the extra is installed as a whole or not at all
+        import rich  # noqa: F401
+    except ImportError as error:
+        sys.exit(f'the command line of aiotime needs {error.name}: pip install "aiotime[cli]"')
+    from aiotime.cli.main import commands
+
+    commands(prog_name="aiotime")

@@ -1,0 +1,397 @@
+"""Snapshots of what a pipeline does: Stats, StageStats, RunStats. Frozen values that print, compare and become JSON.
+
+    Recorder … Recorder ── stage_stats ──▶ StageStats ┐
+    counters of the door and of the engine ───────────┴──▶ Stats ── since(earlier) ──▶ Stats of the time between
+
+What limits a stream is told by `Stats.limit` (one word), `Stats.bottleneck` (a stage) and `Stats.diagnosis` (a sentence).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from aiotime.errors import ConfigurationError
+from aiotime.observe.meter import Recorder, quantile
+from aiotime.observe.tables import count, duration, rich_table, share, size, text_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SATURATED = 0.8  # busy share from which a stage limits the stream, whatever else is to be seen
+MOSTLY = 0.5  # busy share below which a stage mostly waits, so that it cannot be what limits
+STARVED_OF_CREDITS = 0.25  # share of idling for want of credits from which the budget is what limits
+
+Limit = Literal["stage", "source", "consumer", "budget"]
+
+
+@dataclass(frozen=True, slots=True)
+class StageStats:
+    """What one stage did since the pipeline was opened.
+
+    The three shares are of the elapsed time, per worker, between 0 and 1. What is missing to 1 is the
+    launching and waking, and a job or a wait that has not ended yet. Near 1: ``busy`` says that this stage
+    is the slow one, ``blocked_input`` that it is fed too slowly, ``blocked_output`` that all credits are
+    held by frames which have passed it.
+
+    Attributes:
+        name: the stage.
+        device: where it runs.
+        workers: how many frames it may work on at once.
+        frames: jobs done, failed ones included.
+        failed: jobs that raised or took too long.
+        busy: share of the time its workers were computing.
+        blocked_input: share of the time they were idle because nothing came.
+        blocked_output: share of the time they were idle because all credits were held downstream.
+        service_p50: seconds of a job, median of each worker's newest 1,024.
+        service_p90: the same, 90 of 100 jobs took less.
+        service_p99: the same, 99 of 100 jobs took less.
+        queue: frames that wait before the stage now.
+        queue_mean: how many a frame found waiting there on its arrival, on average.
+        queue_max: the most that ever waited there.
+    """
+
+    name: str
+    device: str
+    workers: int
+    frames: int
+    failed: int
+    busy: float
+    blocked_input: float
+    blocked_output: float
+    service_p50: float
+    service_p90: float
+    service_p99: float
+    queue: int
+    queue_mean: float
+    queue_max: int
+
+
+def stage_stats(
+    name: str,
+    device: str,
+    recorders: Sequence[Recorder],
+    *,
+    elapsed: float,
+    queue: int,
+    queue_mean: float,
+    queue_max: int,
+) -> StageStats:
+    """Add up the recorders of one stage, one per worker, over ``elapsed`` seconds since the pipeline was opened."""
+    spent = elapsed * len(recorders)
+    service = sorted(seconds for recorder in recorders for seconds in recorder.service.values())
+    return StageStats(
+        name=name,
+        device=device,
+        workers=len(recorders),
+        frames=sum(recorder.jobs for recorder in recorders),
+        failed=sum(recorder.failed for recorder in recorders),
+        busy=_share(sum(recorder.busy for recorder in recorders), spent),
+        blocked_input=_share(sum(recorder.idle_input for recorder in recorders), spent),
+        blocked_output=_share(sum(recorder.idle_output for recorder in recorders), spent),
+        service_p50=quantile(service, 0.5),
+        service_p90=quantile(service, 0.9),
+        service_p99=quantile(service, 0.99),
+        queue=queue,
+        queue_mean=queue_mean,
+        queue_max=queue_max,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a pipeline did since it was opened, all runs and requests together.
+
+    Attributes:
+        name: the pipeline.
+        elapsed: seconds since it was opened.
+        frames_in: frames that came to the door.
+        frames_out: predictions handed over.
+        frames_shed: frames given up on purpose (overflow, deadline, cancelled).
+        frames_failed: frames refused at the door or failed in a stage.
+        in_flight: frames between the door and their outcome now.
+        waiting: runs and requests that wait at the door for a credit now.
+        budget_frames: how many frames may be in flight; None: no limit.
+        budget_bytes: how many bytes of payload may be in flight; None: no limit.
+        bytes_in_flight: bytes of payload in flight now; counted only where there is a limit.
+        latency_p50: seconds from a frame's arrival to its result, median of the newest 1,024.
+        latency_p99: the same, 99 of 100 frames took less.
+        stages: in the order of the stream.
+    """
+
+    name: str
+    elapsed: float
+    frames_in: int
+    frames_out: int
+    frames_shed: int
+    frames_failed: int
+    in_flight: int
+    waiting: int
+    budget_frames: int | None
+    budget_bytes: int | None
+    bytes_in_flight: int
+    latency_p50: float
+    latency_p99: float
+    stages: tuple[StageStats, ...]
+
+    @property
+    def frames_per_second(self) -> float:
+        """Predictions handed over per second; 0.0 when no time has passed."""
+        return self.frames_out / self.elapsed if self.elapsed > 0 else 0.0
+
+    @property
+    def undelivered(self) -> int:
+        """Frames that came in, are not in flight and have not been told their end: most wait for the consumer."""
+        ended = self.frames_out + self.frames_shed + self.frames_failed
+        return max(0, self.frames_in - ended - self.in_flight)
+
+    @property
+    def limit(self) -> Limit | None:
+        """What limits the stream; None when no stage has done a job.
+
+        The first that holds:
+
+        1. ``"stage"``: the busiest stage is busy at least 80 % of the time. Stages with one worker on one
+           device share it, so there their shares are added up.
+        2. ``"consumer"``: more finished frames wait to be taken (at least two) than are in flight.
+        3. ``"budget"``: a stage idles at least 25 % of the time because all credits are held downstream.
+        4. ``"stage"``: the busiest stage is busy at least half of the time.
+        5. ``"source"``: every stage mostly waits for input.
+
+        The shares are those of the whole time since opening; look at ``stats.since(earlier)`` for what holds now.
+        """
+        stage = self._busiest()
+        if stage is None:
+            return None
+        busy = self._busy_with_neighbours(stage)
+        if busy >= SATURATED:
+            return "stage"
+        if self.undelivered > max(1, self.in_flight):
+            return "consumer"
+        if self._short_of_credits() is not None:
+            return "budget"
+        return "stage" if busy >= MOSTLY else "source"
+
+    @property
+    def bottleneck(self) -> str | None:
+        """The stage that limits the stream (the busiest per worker); None where something else does. See `limit`."""
+        stage = self._busiest()
+        return stage.name if stage is not None and self.limit == "stage" else None
+
+    @property
+    def diagnosis(self) -> str:
+        """What limits the stream, as a sentence with the numbers behind it."""
+        stage, limit = self._busiest(), self.limit
+        if stage is None or limit is None:
+            return "nothing has run yet"
+        busiest = f"the busiest stage, {stage.name!r}, is busy {share(stage.busy)}"
+        if limit == "consumer":
+            return f"the consumer limits the stream: {self.undelivered} finished frames wait to be taken; {busiest}"
+        if limit == "budget":
+            held = self._short_of_credits()
+            assert held is not None
+            return (
+                f"the budget of frames in flight ({self.budget_frames}) limits the stream: stage {held.name!r} was idle "
+                f"{share(held.blocked_output)} because all credits were held downstream; {busiest}; allow more in flight"
+            )
+        if limit == "source":
+            return f"the source limits the stream: {busiest} and waits for input {share(stage.blocked_input)}"
+        together = [other.name for other in self.stages if _share_a_worker(stage, other)]
+        if len(together) > 1:
+            names = ", ".join(map(repr, together))
+            return (
+                f"device {stage.device!r} limits the stream: its stages {names} are busy "
+                f"{share(self._busy_with_neighbours(stage))} together, {stage.name!r} the most ({share(stage.busy)})"
+            )
+        return (
+            f"stage {stage.name!r} limits the stream: busy {share(stage.busy)}, "
+            f"waiting for input {share(stage.blocked_input)}, {duration(stage.service_p50)} per frame"
+        )
+
+    def since(self, earlier: Stats) -> Stats:
+        """What happened between ``earlier`` and this snapshot, as a dashboard shows it.
+
+        Counters, elapsed time and the shares are those of the time between. What has no difference is
+        taken from this snapshot: quantiles (they are of the newest frames anyway), queues, what is in flight.
+
+        Raises:
+            ConfigurationError: ``earlier`` is later, or of another pipeline or another opening of this one.
+        """
+        before = {stage.name: stage for stage in earlier.stages}
+        span = self.elapsed - earlier.elapsed
+        if (
+            earlier.name != self.name
+            or span < 0
+            or earlier.frames_in > self.frames_in
+            or any(stage.name in before and before[stage.name].frames > stage.frames for stage in self.stages)
+        ):
+            raise ConfigurationError(
+                f"since() compares two snapshots of one opened pipeline, the earlier as argument; this one is of "
+                f"{self.name!r} after {self.elapsed:g} s, the argument of {earlier.name!r} after {earlier.elapsed:g} s. "
+                "A pipeline that was closed and opened again starts anew: forget the old snapshot"
+            )
+        return replace(
+            self,
+            elapsed=span,
+            frames_in=self.frames_in - earlier.frames_in,
+            frames_out=self.frames_out - earlier.frames_out,
+            frames_shed=self.frames_shed - earlier.frames_shed,
+            frames_failed=self.frames_failed - earlier.frames_failed,
+            stages=tuple(
+                _stage_since(stage, before.get(stage.name), self.elapsed, earlier.elapsed) for stage in self.stages
+            ),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON takes it (for a ``/stats`` endpoint), with frames_per_second, bottleneck and diagnosis."""
+        stages = [asdict(stage) for stage in self.stages]
+        return asdict(self) | {
+            "stages": stages,
+            "frames_per_second": self.frames_per_second,
+            "limit": self.limit,
+            "bottleneck": self.bottleneck,
+            "diagnosis": self.diagnosis,
+        }
+
+    def __str__(self) -> str:
+        return "\n".join([*self._heading(), "", text_table(STAGE_COLUMNS, self._rows(), left=2), "", self.diagnosis])
+
+    def __rich__(self) -> Table:
+        return rich_table(STAGE_COLUMNS, self._rows(), left=2, title="\n".join(self._heading()), caption=self.diagnosis)
+
+    def _busiest(self) -> StageStats | None:
+        """The stage under most pressure: that of the device or worker set which is busiest, there the busiest itself."""
+        ran = [stage for stage in self.stages if stage.frames]
+        return max(ran, key=lambda stage: (self._busy_with_neighbours(stage), stage.busy), default=None)
+
+    def _busy_with_neighbours(self, stage: StageStats) -> float:
+        return min(1.0, sum(other.busy for other in self.stages if _share_a_worker(stage, other)))
+
+    def _short_of_credits(self) -> StageStats | None:
+        held = max(self.stages, key=lambda stage: stage.blocked_output, default=None)
+        return held if held is not None and held.blocked_output >= STARVED_OF_CREDITS else None
+
+    def _heading(self) -> list[str]:
+        flight = count(self.in_flight) if self.budget_frames is None else f"{self.in_flight} of {self.budget_frames}"
+        if self.budget_bytes is not None:
+            flight += f" ({size(self.bytes_in_flight)} of {size(self.budget_bytes)})"
+        return [
+            f"pipeline {self.name!r}: {count(self.frames_out)} frames in {duration(self.elapsed)}, "
+            f"{count(round(self.frames_per_second, 1))} frames/s",
+            f"in {count(self.frames_in)}, shed {count(self.frames_shed)}, failed {count(self.frames_failed)}; "
+            f"in flight {flight}, waiting {count(self.waiting)}; "
+            f"latency p50 {duration(self.latency_p50)}, p99 {duration(self.latency_p99)}",
+        ]
+
+    def _rows(self) -> list[list[str]]:
+        return [
+            [
+                stage.name,
+                stage.device,
+                count(stage.workers),
+                count(stage.frames),
+                count(stage.failed),
+                share(stage.busy),
+                share(stage.blocked_input),
+                share(stage.blocked_output),
+                duration(stage.service_p50),
+                duration(stage.service_p90),
+                duration(stage.service_p99),
+                count(stage.queue),
+                f"{stage.queue_mean:.1f}",
+                count(stage.queue_max),
+            ]
+            for stage in self.stages
+        ]
+
+
+STAGE_COLUMNS = (
+    *("stage", "device", "workers", "frames", "failed", "busy", "no input", "no credit"),
+    *("p50", "p90", "p99", "queue", "mean", "max"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunStats:
+    """What one run did since it began.
+
+    Attributes:
+        name: the run.
+        elapsed: seconds since it began.
+        frames_in: frames its source yielded.
+        frames_out: predictions its consumer took.
+        frames_shed: frames given up on purpose (overflow, deadline, cancelled).
+        frames_failed: frames refused at the door or failed in a stage.
+        window: frames it holds now, in flight or waiting for the consumer.
+        latency_p50: seconds from a frame's arrival to its result, median of the newest 1,024.
+        latency_p99: the same, 99 of 100 frames took less.
+    """
+
+    name: str
+    elapsed: float
+    frames_in: int
+    frames_out: int
+    frames_shed: int
+    frames_failed: int
+    window: int
+    latency_p50: float
+    latency_p99: float
+
+    @property
+    def frames_per_second(self) -> float:
+        """Predictions taken per second; 0.0 when no time has passed."""
+        return self.frames_out / self.elapsed if self.elapsed > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON takes it, with frames_per_second."""
+        return asdict(self) | {"frames_per_second": self.frames_per_second}
+
+    def __str__(self) -> str:
+        return text_table(RUN_COLUMNS, [self._row()])
+
+    def __rich__(self) -> Table:
+        return rich_table(RUN_COLUMNS, [self._row()])
+
+    def _row(self) -> list[str]:
+        return [
+            self.name,
+            duration(self.elapsed),
+            count(self.frames_in),
+            count(self.frames_out),
+            count(self.frames_shed),
+            count(self.frames_failed),
+            count(self.window),
+            count(round(self.frames_per_second, 1)),
+            duration(self.latency_p50),
+            duration(self.latency_p99),
+        ]
+
+
+RUN_COLUMNS = ("run", "elapsed", "in", "out", "shed", "failed", "held", "frames/s", "p50", "p99")
+
+
+def _share_a_worker(one: StageStats, other: StageStats) -> bool:
+    """Both run on the same thread (or loop, or device stream): a device's stages of one worker each share it."""
+    return one.name == other.name or (one.device == other.device and one.workers == other.workers == 1)
+
+
+def _stage_since(now: StageStats, before: StageStats | None, elapsed: float, earlier: float) -> StageStats:
+    if before is None:
+        return now
+
+    def between(newer: float, older: float) -> float:
+        return _share(newer * elapsed - older * earlier, elapsed - earlier)
+
+    return replace(
+        now,
+        frames=now.frames - before.frames,
+        failed=now.failed - before.failed,
+        busy=between(now.busy, before.busy),
+        blocked_input=between(now.blocked_input, before.blocked_input),
+        blocked_output=between(now.blocked_output, before.blocked_output),
+    )
+
+
+def _share(part: float, whole: float) -> float:
+    return min(1.0, max(0.0, part / whole)) if whole > 0 else 0.0

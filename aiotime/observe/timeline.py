@@ -1,0 +1,154 @@
+"""A trace as a picture (matplotlib) or as lines of text: lanes downwards, time to the right, one colour or digit per frame.
+
+    cpu:0  0123456789
+    cpu:1  .0123456789
+
+Both show the same stretch of time: what was asked for, else a steady one of about 40 frames.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Protocol
+
+from aiotime.errors import ConfigurationError
+from aiotime.observe.tables import duration
+from aiotime.observe.trace import Slice, flows, lanes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FRAMES = 40  # shown unless a stretch is asked for
+ALL_UP_TO = 60  # frames up to which everything is shown
+CANDIDATES = 24  # stretches compared for steadiness
+
+
+class Recorded(Protocol):
+    """What has slices: a `Trace`."""
+
+    @property
+    def slices(self) -> list[Slice]:
+        """By their start."""
+
+
+def render_timeline(
+    trace: Recorded | Sequence[Slice], *, width: int = 100, tick: float | None = None, last: float | None = None
+) -> str:
+    """The trace as text: one row per lane, one column per ``tick`` seconds.
+
+    A digit is the last digit of the frame that had most of the column, ``#`` work for no frame, ``:`` work
+    in less than half of the column, ``.`` none. Below stands the time from the left edge.
+
+    Args:
+        trace: a `Trace`, or slices.
+        width: columns for the time, where ``tick`` does not say how many it takes.
+        tick: seconds per column; None: the stretch spread over ``width`` columns.
+        last: show the newest ``last`` seconds; None: a steady stretch of about 40 frames.
+    """
+    if width < 1 or (tick is not None and tick <= 0):
+        raise ConfigurationError(f"a timeline needs width >= 1 and tick > 0, not width={width}, tick={tick}")
+    slices = _slices(trace)
+    if not slices:
+        return "(no slices were recorded)"
+    start, end = _stretch(slices, last)
+    step = tick or (end - start) / width or 1.0
+    columns = max(1, round((end - start) / step)) if tick else width
+    shown = [piece for piece in slices if piece.end > start and piece.start < end] or slices
+    order = lanes(shown)
+    margin = max(map(len, order))
+    rows = [
+        f"{lane.ljust(margin)}  {_row([piece for piece in shown if piece.lane == lane], start, step, columns)}"
+        for lane in order
+    ]
+    left, right = "0", duration(step * columns)
+    ruler = left + " " * max(1, columns - len(left) - len(right)) + right
+    return "\n".join([*rows, " " * margin + "  " + ruler])
+
+
+def _row(slices: Sequence[Slice], start: float, step: float, columns: int) -> str:
+    busy, most, sign = [0.0] * columns, [0.0] * columns, ["."] * columns
+    for piece in slices:
+        begin, end = (piece.start - start) / step, (piece.end - start) / step
+        for column in range(max(0, int(begin)), min(columns, int(end) + 1)):
+            part = min(end, column + 1) - max(begin, column)
+            busy[column] += part
+            if part > most[column] + 1e-9:
+                most[column] = part
+                sign[column] = "#" if piece.frame is None else str(piece.frame % 10)
+    # a rounding error of a neighbour is not work, and half a column less one is half a column
+    return "".join(
+        "." if part < 1e-6 else char if part >= 0.5 - 1e-6 else ":" for part, char in zip(busy, sign, strict=True)
+    )
+
+
+def plot_timeline(
+    trace: Recorded | Sequence[Slice],
+    path: str | Path | None = None,
+    *,
+    last: float | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Draw lanes downwards and time to the right; each frame has a colour by which it can be followed.
+
+    One frame in the middle is outlined on its way. At the right stands how much of the time each lane was busy.
+    No global state of matplotlib is touched, so this works on a server and on any thread; it takes about half
+    a second, so with a loop running use ``asyncio.to_thread``.
+
+    Args:
+        trace: a `Trace`, or slices.
+        path: where to write the picture; its suffix says the format (png, svg, pdf).
+        last: draw the newest ``last`` seconds; None: a steady stretch of about 40 frames.
+        title: above the picture.
+
+    Raises:
+        ConfigurationError: matplotlib is missing, or nothing was recorded.
+    """
+    try:
+        from aiotime.observe import picture
+    except ImportError as missing:
+        raise ConfigurationError("plot_timeline() draws with matplotlib: pip install 'aiotime[plot]'") from missing
+    slices = _slices(trace)
+    if not slices:
+        raise ConfigurationError("the trace holds no slices: record one while frames run, then plot it")
+    start, end = _stretch(slices, last)
+    shown = [piece for piece in slices if piece.end > start and piece.start < end] or slices
+    figure = picture.draw(shown, lanes(shown), start, end, title=title)
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def _slices(trace: Recorded | Sequence[Slice]) -> list[Slice]:
+    return sorted(trace, key=lambda piece: piece.start) if isinstance(trace, Sequence) else trace.slices
+
+
+def _stretch(slices: Sequence[Slice], last: float | None) -> tuple[float, float]:
+    """Which seconds to show."""
+    first, newest = slices[0].start, max(piece.end for piece in slices)
+    if last is not None:
+        if not last > 0:
+            raise ConfigurationError(f"last is the number of newest seconds to show, more than 0, not {last}")
+        return max(first, newest - last), newest
+    paths = flows(slices)
+    if len(paths) <= ALL_UP_TO:
+        return first, newest
+    # the stage with most jobs stands for all: its jobs come as regularly as frames do
+    stage, _ = Counter(piece.name for path in paths for piece in path).most_common(1)[0]
+    starts = [piece.start for piece in slices if piece.name == stage and piece.frame is not None]
+    if len(starts) <= FRAMES:
+        return first, newest
+    room = len(starts) - FRAMES - 1
+    middle = room / 2
+    places = sorted({round(room * (0.1 + 0.8 * part / (CANDIDATES - 1))) for part in range(CANDIDATES)})
+    place = min(places, key=lambda at: (round(_unsteadiness(starts[at : at + FRAMES + 1]), 1), abs(at - middle)))
+    return starts[place], starts[place + FRAMES]
+
+
+def _unsteadiness(starts: Sequence[float]) -> float:
+    """Spread of the times between neighbours relative to their mean."""
+    gaps = [later - earlier for earlier, later in zip(starts, starts[1:], strict=False)]
+    mean = fmean(gaps)
+    return pstdev(gaps) / mean if mean > 0 else 0.0

@@ -1,0 +1,169 @@
+"""A piece of a model: some of its layers as a function from what comes in to what goes on.
+
+The first piece takes the payload as the user gave it, the last returns the model's own output; between two pieces
+travels a flat tuple of tensors (and the odd number). A piece has modules of its own that share the model's
+tensors: moving a piece or replacing its tensors leaves the model, and every other piece, as it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from aiotime.errors import ConfigurationError
+
+_EXTRA = "_extra_state"
+
+
+class Bindings:
+    """The tensors and modules a piece's code uses, one attribute each: cheaper to reach than through the modules."""
+
+    piece_device: torch.device
+
+
+class PieceModule(nn.Module):
+    """The modules of a piece, under the model's own names; moving it replaces its tensors, never the model's."""
+
+    piece_device: torch.device
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.piece_device = device
+        self._piece_code: Callable[[Any, Any], Any] | None = None
+        self._piece_bindings = Bindings()
+        self._piece_places: dict[str, str] = {}  # attribute of the bindings -> path in here
+        self._piece_graphs: list[fx.GraphModule] = []  # bodies of higher-order operators, with device constants
+
+    def forward(self, value: Any) -> Any:
+        """The piece, reading every tensor from its module: slower than the piece, for torch.func and compilers."""
+        assert self._piece_code is not None
+        return self._piece_code(self, value)
+
+    def bind(self) -> Bindings:
+        """Look up again what the code uses, after tensors were replaced."""
+        for name, path in self._piece_places.items():
+            setattr(self._piece_bindings, name, operator.attrgetter(path)(self))
+        self._piece_bindings.piece_device = self.piece_device
+        return self._piece_bindings
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PieceModule:
+        """Like nn.Module, but a converted tensor takes the place of the old one, which others may hold as well."""
+        done: dict[int, torch.Tensor] = {}
+        with torch.no_grad():
+            for module, name, tensor in slots(self).values():
+                if id(tensor) not in done:
+                    converted = fn(tensor)
+                    done[id(tensor)] = tensor if converted is tensor else like(tensor, converted)
+                if done[id(tensor)] is not tensor:
+                    setattr(module, name, done[id(tensor)])
+            device = fn(torch.empty(0, device=self.piece_device)).device
+        for module in self.modules():
+            if isinstance(module, nn.RNNBase):
+                module.flatten_parameters()
+        for graph in self._piece_graphs:
+            _follow(graph, self.piece_device, device)
+        self.piece_device = device
+        self.bind()
+        return self
+
+
+class Piece:
+    """Callable ``piece(value) -> value``.
+
+    Attributes:
+        module: its modules and tensors; ``piece.module.to(device)`` moves the piece.
+        layers: the names of its layers.
+        keys: state_dict key of the model -> key in ``piece.module.state_dict()``.
+    """
+
+    __slots__ = ("_run", "keys", "layers", "module")
+
+    def __init__(
+        self, module: PieceModule, code: Callable[[Any, Any], Any], *, layers: Sequence[str], keys: Mapping[str, str]
+    ) -> None:
+        self.module = module
+        self.layers = tuple(layers)
+        self.keys = dict(keys)
+        self._run = functools.partial(code, module.bind())
+
+    def __call__(self, value: Any) -> Any:
+        return self._run(value)
+
+    def state(self) -> dict[str, Any]:
+        """This piece's part of the model's state_dict, under the model's keys; tensors are shared, not copied."""
+        state = self.module.state_dict()
+        return {key: state[slot] for key, slot in self.keys.items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over this piece's part of ``state`` (the model's keys; others are ignored).
+
+        Each tensor is copied to the device and dtype of the one whose place it takes. The old tensors are not
+        written to: a frame that still uses them, the model, and other pieces that share them are not affected.
+        Not safe while the piece runs. On an error nothing has changed.
+
+        Raises:
+            ConfigurationError: a key is missing, or a shape is another.
+        """
+        missing = [key for key in self.keys if key not in state]
+        if missing:
+            raise ConfigurationError(f"the state lacks {', '.join(missing)}; hand in the model's whole state_dict")
+        present = slots(self.module)
+        taken: dict[int, torch.Tensor] = {}  # tensors tied inside this piece stay tied
+        for key, slot in self.keys.items():
+            if slot not in present:
+                continue
+            old, new = present[slot][2], state[key]
+            if old.shape != new.shape:
+                raise ConfigurationError(f"{key} has shape {tuple(old.shape)}, the state brings {tuple(new.shape)}")
+            if id(old) not in taken:
+                taken[id(old)] = like(old, new.detach().to(device=old.device, dtype=old.dtype, copy=True))
+        for key, slot in self.keys.items():
+            if slot.rpartition(".")[2] == _EXTRA:
+                self.module.get_submodule(slot.rpartition(".")[0]).set_extra_state(state[key])
+        for module, name, tensor in present.values():
+            if id(tensor) in taken:
+                setattr(module, name, taken[id(tensor)])
+        self.module.bind()
+
+    def __repr__(self) -> str:
+        inside = self.layers[0] if len(self.layers) == 1 else f"{self.layers[0]} … {self.layers[-1]}"
+        return f"<Piece {inside}: {len(self.layers)} layers>"
+
+
+def slots(root: nn.Module) -> dict[str, tuple[nn.Module, str, torch.Tensor]]:
+    """Every place that holds a parameter or buffer: path -> (module, name in it, tensor)."""
+    found: dict[str, tuple[nn.Module, str, torch.Tensor]] = {}
+    for path, module in root.named_modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    found[f"{path}.{name}" if path else name] = (module, name, tensor)
+    return found
+
+
+def like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """``new`` as what ``old`` is: a parameter that wants a gradient, one that does not, or a buffer."""
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(new.detach(), requires_grad=old.requires_grad)
+    return new
+
+
+def _follow(module: fx.GraphModule, before: torch.device, now: torch.device) -> None:
+    """Rewrite the device constants of a graph inside the graph (a higher-order operator's body)."""
+    if before == now:
+        return
+    for node in module.graph.nodes:
+        swap = functools.partial(_swapped, before=before, now=now)
+        node.args = pytree.tree_map(swap, node.args)
+        node.kwargs = pytree.tree_map(swap, node.kwargs)
+    module.recompile()
+
+
+def _swapped(value: Any, *, before: torch.device, now: torch.device) -> Any:
+    return now if isinstance(value, torch.device) and value == before else value
