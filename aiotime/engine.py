@@ -286,7 +286,7 @@ class Engine:
     # ------------------------------------------------------------------ the beat
 
     def _beat(self) -> None:
-        if not self.frames or self.error is not None:
+        if self.error is not None:
             self._beating = False
             return
         now = time.perf_counter()
@@ -296,7 +296,9 @@ class Engine:
         self._share_threads(times)
         if self.adaptive and any(times):
             self._adapt(max(t / stage.spec.workers for t, stage in zip(times, self.stages, strict=True)))
-        self.loop.call_later(BEAT, self._beat)
+        self._beating = bool(self.frames)
+        if self._beating:
+            self.loop.call_later(BEAT, self._beat)
 
     def _times(self) -> list[float]:
         """Per stage: median seconds of its newest jobs; 0.0 where nothing ran since the last look."""

@@ -26,6 +26,11 @@ class Sample:
             an expired frame is shed before it is computed.
         ack: called on the event loop exactly once when the frame has left the pipeline: with
             ``None`` when its prediction was handed over, with the error when it was shed or failed.
+
+    Example:
+        >>> sample = aiotime.Sample(torch.zeros(1, 3), key="camera 1", deadline=0.1)
+        >>> sample.key
+        'camera 1'
     """
 
     input: Any

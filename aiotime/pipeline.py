@@ -206,6 +206,7 @@ class Pipeline:
         self._specs = specs
         self._first_guess = first_guess
         self.on_error: Mapping[str, OnError] = {s.name: s.on_error for s in specs if s.on_error is not None}
+        self.keeps_input = any(callable(policy) for policy in self.on_error.values())  # dead letters show it
         clocks = {id(spec.device.clock): spec.device.clock for spec in specs}
         virtual = [clock for clock in clocks.values() if not isinstance(clock, RealClock)]
         if len(virtual) > 1:
@@ -274,7 +275,7 @@ class Pipeline:
         """Send copies of the example past the paused door, then open it with fresh counters."""
         requests = []
         for _ in range(self._warm_up):
-            request = _Request(self, engine, Sample(self._example))
+            request = _Request(self, engine, self._example)
             engine.door.used += 1
             request.enter()
             requests.append(request.future)
@@ -358,13 +359,12 @@ class Pipeline:
             raise engine.error
         if engine.draining:
             raise ClosedError(f"pipeline {self.name!r} is draining and takes no new requests")
-        sample = frame if type(frame) is Sample else Sample(frame)
-        if deadline is None:
-            deadline = sample.deadline
-        check_deadline(deadline)
-        request = _Request(self, engine, sample)
+        request = _Request(self, engine, frame)
+        if deadline is None and type(frame) is Sample:
+            deadline = frame.deadline
         timer: asyncio.TimerHandle | None = None
         if deadline is not None:
+            check_deadline(deadline)
             request.frame.deadline = request.frame.arrived + deadline
             if self._real_time:
                 timer = engine.loop.call_later(deadline, request.expire)
@@ -539,13 +539,20 @@ class _Request:
 
     __slots__ = ("engine", "entered", "frame", "future")
 
-    def __init__(self, pipeline: Pipeline, engine: Engine, sample: Sample) -> None:
+    def __init__(self, pipeline: Pipeline, engine: Engine, payload: Any) -> None:
         self.engine = engine
         self.entered = False
-        self.frame = frame = engine.new_frame(self, 0, pipeline.inspect(sample.input, None, sample.key))
-        frame.key, frame.target, frame.ack = sample.key, sample.target, sample.ack
-        if any(callable(policy) for policy in pipeline.on_error.values()):
-            frame.input = sample.input
+        sample = payload if type(payload) is Sample else None
+        if sample is not None:
+            payload = sample.input
+        spec = pipeline._spec
+        if spec is not None:
+            payload = spec.check(payload, None, sample.key if sample is not None else None)
+        self.frame = frame = engine.new_frame(self, 0, payload)
+        if sample is not None:
+            frame.key, frame.target, frame.ack = sample.key, sample.target, sample.ack
+        if pipeline.keeps_input:
+            frame.input = payload
         self.future: asyncio.Future[Prediction] = engine.loop.create_future()
 
     def enter(self) -> int | None:

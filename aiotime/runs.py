@@ -49,6 +49,7 @@ class Host(Protocol):
     """The pipeline, as a run sees it."""
 
     on_error: Mapping[str, OnError]  # by stage
+    keeps_input: bool  # some stage's on_error will want to see the frame's input
 
     def lease(self) -> Engine:
         """The open engine, opened if need be; to be given back."""
@@ -113,7 +114,7 @@ class RunState:
         self.counts = {"in": 0, "out": 0, "shed": 0, "failed": 0}
         self.latencies = Ring()
         self.started_at = 0.0
-        self.keep_input = callable(options.on_error) or any(callable(p) for p in host.on_error.values())
+        self.keep_input = callable(options.on_error) or host.keeps_input
         self.busy = False
         self.ended = False  # the source has nothing more
         self.closing = False

@@ -76,6 +76,10 @@ class Stage:
         on_error: ``"raise"``, ``"skip"``, a callable ``(frame, error)``, or `retry`; None: what the run says.
         timeout: seconds after which a frame fails with `StageTimeout`. Python cannot end a running
             function: its thread is left to itself and replaced.
+
+    Example:
+        >>> aiotime.Stage(str.upper, device="cpu:0", workers=2, on_error=aiotime.retry(3, backoff=0.01))
+        Stage('upper', device='cpu:0', workers=2)
     """
 
     def __init__(

@@ -1,12 +1,12 @@
 """The command ``aiotime``: run a model over a stream, plan it, or see it work (extra ``[cli]``).
 
-    main.py       the group of commands
-    run.py        aiotime run: a source through a pipeline into JSON lines
-    plan.py       aiotime plan: measure a model and print how it would be cut
-    demo.py       aiotime demo: the whole of it on handwritten digits
-    factory.py    module:factory -> a model or a pipeline, and an example frame
-    writing.py    predictions -> JSON lines
-    interrupt.py  Ctrl-C: first drain, then abort
+main.py       the group of commands
+run.py        aiotime run: a source through a pipeline into JSON lines
+plan.py       aiotime plan: measure a model and print how it would be cut
+demo.py       aiotime demo: the whole of it on handwritten digits
+factory.py    module:factory -> a model or a pipeline, and an example frame
+writing.py    predictions -> JSON lines
+interrupt.py  Ctrl-C: first drain, then abort
 """
 
 from __future__ import annotations

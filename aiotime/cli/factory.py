@@ -109,7 +109,9 @@ def parse_example(given: tuple[str, ...]) -> Any:
         match = NAMED.fullmatch(text.replace(" ", ""))
         dtype = getattr(torch, match["dtype"] or "float32", None) if match else None
         if match is None or not isinstance(dtype, torch.dtype):
-            raise click.UsageError(f"--example {text!r}: expected [name=]shape[:dtype], such as 1,3,256,256 or ids=1,16:int64")
+            raise click.UsageError(
+                f"--example {text!r}: expected [name=]shape[:dtype], such as 1,3,256,256 or ids=1,16:int64"
+            )
         shape = [int(extent) for extent in match["shape"].split(",")]
         floating = dtype.is_floating_point
         tensor = torch.rand(shape, generator=generator).to(dtype) if floating else torch.zeros(shape, dtype=dtype)
@@ -134,4 +136,6 @@ def parse_balance(text: str) -> Any:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise click.UsageError(f"--balance {text!r}: expected measured, even, or layers per stage such as 3,5") from None
+        raise click.UsageError(
+            f"--balance {text!r}: expected measured, even, or layers per stage such as 3,5"
+        ) from None

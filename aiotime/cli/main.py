@@ -23,7 +23,7 @@ def commands() -> None:
       aiotime run net:make --source clip.mp4 --devices cpu:0,cpu:1 --out predictions.jsonl
 
     "net:make" is the function make() in net.py (or in an installed module); it returns the model.
-    """
+    """  # noqa: D301 - \b keeps click from joining these lines
 
 
 commands.add_command(run)

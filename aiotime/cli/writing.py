@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from aiotime.frame import Prediction
 
 LARGE = 1000  # numbers in an output; a larger one is summed up unless asked for in full
+HEAVY = 20_000  # numbers in an output whose formatting takes milliseconds
 STYLES = ("auto", "full", "summary", "none")
 
 
@@ -47,6 +48,10 @@ class Writer:
             record["output"] = self._shown(prediction.output)
         self._line(record)
 
+    def heavy(self, prediction: Prediction) -> bool:
+        """Whether writing this takes so long (milliseconds) that it should not be done on an event loop."""
+        return self._style == "full" and self._top is None and numbers(prediction.output) > HEAVY
+
     def write_error(self, index: int | None, key: Hashable, error: BaseException) -> None:
         """One frame that failed, one line."""
         record: dict[str, Any] = {"index": index}
@@ -73,6 +78,16 @@ class Writer:
         return plain(output)
 
 
+def numbers(output: Any) -> int:
+    """How many numbers the tensors of ``output`` hold."""
+    from torch import Tensor
+
+    if isinstance(output, Tensor):
+        return output.numel()
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
+    return sum(map(numbers, parts))
+
+
 def best(output: Any, count: int) -> Any:
     """The ``count`` best classes over the last dimension: ``[{"class": 3, "score": 0.98}, …]``, a list per row."""
     from torch import Tensor
@@ -90,7 +105,10 @@ def best(output: Any, count: int) -> Any:
 def ranked(scores: Any, classes: Any, depth: int) -> Any:
     """Pairs of class and score at the leaves of two nested lists; a single row stands alone."""
     if depth == 1:
-        return [{"class": c, "score": round(s, 6) if math.isfinite(s) else None} for s, c in zip(scores, classes, strict=True)]
+        return [
+            {"class": c, "score": round(s, 6) if math.isfinite(s) else None}
+            for s, c in zip(scores, classes, strict=True)
+        ]
     if len(scores) == 1:
         return ranked(scores[0], classes[0], depth - 1)
     return [ranked(s, c, depth - 1) for s, c in zip(scores, classes, strict=True)]
@@ -99,8 +117,8 @@ def ranked(scores: Any, classes: Any, depth: int) -> Any:
 def summary(output: Tensor) -> dict[str, Any]:
     """Shape, dtype, mean, minimum and maximum."""
     values = output.float() if output.numel() else output.new_zeros(1).float()
-    numbers = {"mean": values.mean(), "min": values.min(), "max": values.max()}
-    shown = {name: finite(float(f"{float(number):.6g}")) for name, number in numbers.items()}
+    found = {"mean": values.mean(), "min": values.min(), "max": values.max()}
+    shown = {name: finite(float(f"{float(number):.6g}")) for name, number in found.items()}
     return {"shape": list(output.shape), "dtype": str(output.dtype).removeprefix("torch."), **shown}
 
 

@@ -113,8 +113,10 @@ class Door:
                 if self.nbytes is not None and not self._fits(queue[0]):
                     return  # it keeps its turn: small frames must not starve a large one
                 entrant = queue.popleft()
-                del self._flows[flow]
-                if queue:
+                if not queue:
+                    del self._flows[flow]
+                elif len(self._flows) > 1:
+                    del self._flows[flow]
                     self._flows[flow] = queue  # to the end: round robin
                 self._enter(entrant)
         finally:

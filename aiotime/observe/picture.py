@@ -6,7 +6,9 @@ Only matplotlib's objects are used, never pyplot: no global figure, no display, 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,7 +26,8 @@ TRACK = "#f1f3f7"  # an idle lane
 NO_FRAME = "#aab1c0"  # work for no frame
 HUES = 12  # frames until a colour comes again
 WIDTH, LANE, FRAME = 12.0, 0.46, 1.5  # inches: the picture, each lane, title and axis together
-LEGIBLE = 7.0  # points, size of the labels in slices
+LABEL, SMALL = 7.0, 5.6  # points, size of the labels in slices, and where there is less room
+HAIR = 0.012  # inches, the least width of a slice: what is narrower than a pixel would come and go
 
 
 def colour(frame: int | None) -> tuple[float, float, float]:
@@ -47,21 +50,20 @@ def draw(slices: Sequence[Slice], lanes: Sequence[str], start: float, end: float
     axes.set_ylim(len(lanes) - 0.5, -0.5)
     _frame_axes(axes, lanes, unit)
     inches = (WIDTH - left - 1.0) / (span * scale)  # per unit of time
+    beside = axes.get_yaxis_transform()  # x in shares of the width, y in lanes
     for row, lane in enumerate(lanes):
         pieces = [piece for piece in slices if piece.lane == lane]
         _draw_lane(axes, row, pieces, start, scale, inches, thin=lane == LOOP_LANE)
         busy = sum(min(piece.end, end) - max(piece.start, start) for piece in pieces) / span
-        axes.text(
-            1.012, row, share(min(1.0, busy)), transform=axes.get_yaxis_transform(), va="center", color=INK, size=9
-        )
-    axes.text(1.012, -0.62, "busy", transform=axes.get_yaxis_transform(), va="bottom", color=FAINT, size=8)
+        axes.text(1.012, row, share(min(1.0, busy)), transform=beside, va="center", color=INK, size=9)
+    axes.text(1.012, -0.62, "busy", transform=beside, va="bottom", color=FAINT, size=8)
     followed = _follow(axes, slices, lanes, start, end, scale)
-    frames = len([path for path in flows(slices) if path[-1].end <= end])
+    frames = _finished(slices, end)
     heading = 1 - 0.34 / height
     figure.text(0.3 / WIDTH, heading, title or "Timeline", size=13, weight="bold", color=INK, va="center")
-    summary = f"{count(frames)} frames in {duration(span)}" + (
-        f": {count(_three(frames / span))} frames/s" if frames else ""
-    )
+    summary = f"{count(frames)} frames in {duration(span)}"
+    if frames:
+        summary += f": {count(_three(frames / span))} frames/s"
     figure.text(0.3 / WIDTH, 1 - 0.6 / height, summary + followed, size=9, color=FAINT, va="center")
     return figure
 
@@ -70,7 +72,7 @@ def _frame_axes(axes: Axes, lanes: Sequence[str], unit: str) -> None:
     axes.set_yticks(range(len(lanes)), lanes, color=INK, size=9)
     axes.tick_params(axis="y", length=0, pad=6)
     axes.tick_params(axis="x", colors=FAINT, labelsize=8, length=3)
-    axes.xaxis.set_major_locator(MaxNLocator(10))
+    axes.xaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10]))
     axes.set_xlabel(f"time ({unit})", color=FAINT, size=8)
     axes.grid(axis="x", color="#dfe3ea", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -84,26 +86,47 @@ def _draw_lane(
     half = 0.2 if thin else 0.36
     low, high = axes.get_xlim()
     axes.add_patch(Rectangle((low, row - half), high - low, 2 * half, facecolor=TRACK, zorder=0.4))
-    boxes, colours, several = [], [], len({piece.name for piece in pieces}) > 1
+    ends = []
     for piece in pieces:
         begin, end = max(low, (piece.start - start) * scale), min(high, (piece.end - start) * scale)
-        boxes.append(((begin, row - half), (begin, row + half), (end, row + half), (end, row - half)))
-        colours.append(colour(piece.frame))
-        label = _label(piece, (end - begin) * inches, several=several)
-        if label and not thin:
-            axes.text((begin + end) / 2, row, label, ha="center", va="center", size=LEGIBLE, color=INK, clip_on=True)
-    mean = sum(box[2][0] - box[0][0] for box in boxes) * inches / max(1, len(boxes))
+        ends.append((begin, max(end, begin + HAIR / inches)))
+    boxes = [((begin, row - half), (begin, row + half), (end, row + half), (end, row - half)) for begin, end in ends]
+    mean = sum(end - begin for begin, end in ends) * inches / max(1, len(ends))
     edge = 0.6 if mean > 0.06 else 0.25 if mean > 0.02 else 0.0  # a white rim would swallow what is thin
+    colours = [colour(piece.frame) for piece in pieces]
     axes.add_collection(PolyCollection(boxes, facecolors=colours, edgecolors="white", linewidths=edge, zorder=1))
+    if thin:
+        return
+    labels, points = _labels(pieces, [(end - begin) * inches for begin, end in ends])
+    for label, (begin, end) in zip(labels, ends, strict=True):
+        if label:
+            axes.text((begin + end) / 2, row, label, ha="center", va="center", size=points, color=INK, clip_on=True)
 
 
-def _label(piece: Slice, room: float, *, several: bool) -> str:
-    """What fits into ``room`` inches: stage and frame where the lane has several stages, the frame, or nothing."""
-    full = piece.name if piece.frame is None else f"{piece.name} {piece.frame}" if several else str(piece.frame)
-    for label in (full, "" if piece.frame is None else str(piece.frame)):
-        if label and len(label) * LEGIBLE * 0.62 / 72 + 0.04 <= room:
-            return label
-    return ""
+def _labels(pieces: Sequence[Slice], rooms: Sequence[float]) -> tuple[list[str], float]:
+    """A label for each slice of a lane, "" where it does not fit into its room (inches), and one size for all."""
+    several = len({piece.name for piece in pieces}) > 1  # the lane is shared by stages: say which
+
+    def choose(piece: Slice, room: float, points: float) -> str:
+        index = "" if piece.frame is None else str(piece.frame)
+        for label in (f"{piece.name} {index}".strip() if several or not index else index, index):
+            if len(label) * points * 0.64 / 72 + 0.02 <= room:
+                return label
+        return ""
+
+    large = [choose(piece, room, LABEL) for piece, room in zip(pieces, rooms, strict=True)]
+    if sum(map(bool, large)) >= 0.75 * len(large):
+        return large, LABEL
+    return [choose(piece, room, SMALL) for piece, room in zip(pieces, rooms, strict=True)], SMALL
+
+
+def _finished(slices: Sequence[Slice], end: float) -> int:
+    """How many frames left their last stage before ``end``."""
+    paths = flows(slices)
+    longest = max(map(len, paths), default=0)
+    lasts = Counter(path[-1].name for path in paths if len(path) == longest)
+    last = max(lasts, key=lasts.__getitem__, default="")
+    return sum(piece.name == last and piece.frame is not None and piece.end <= end for piece in slices)
 
 
 def _follow(axes: Axes, slices: Sequence[Slice], lanes: Sequence[str], start: float, end: float, scale: float) -> str:
@@ -120,7 +143,7 @@ def _follow(axes: Axes, slices: Sequence[Slice], lanes: Sequence[str], start: fl
         corner = ((piece.start - start) * scale, row[piece.lane] - 0.36)
         width = (piece.end - piece.start) * scale
         axes.add_patch(Rectangle(corner, width, 0.72, fill=False, edgecolor=INK, linewidth=1.1, zorder=3))
-    for one, following in zip(path, path[1:], strict=False):
+    for one, following in pairwise(path):
         step = 1 if row[following.lane] > row[one.lane] else -1 if row[following.lane] < row[one.lane] else 0
         axes.plot(
             [(one.end - start) * scale, (following.start - start) * scale],

@@ -3,7 +3,7 @@
     Recorder … Recorder ── stage_stats ──▶ StageStats ┐
     counters of the door and of the engine ───────────┴──▶ Stats ── since(earlier) ──▶ Stats of the time between
 
-What limits a stream is told by `Stats.limit` (one word), `Stats.bottleneck` (a stage) and `Stats.diagnosis` (a sentence).
+What limits a stream is told by `Stats.limit` (one word), `Stats.bottleneck` (a stage), `Stats.diagnosis` (a sentence).
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ class Stats:
             held = self._short_of_credits()
             assert held is not None
             return (
-                f"the budget of frames in flight ({self.budget_frames}) limits the stream: stage {held.name!r} was idle "
-                f"{share(held.blocked_output)} because all credits were held downstream; {busiest}; allow more in flight"
+                f"the budget of {self.budget_frames} frames in flight limits the stream: stage {held.name!r} was idle "
+                f"{share(held.blocked_output)} for want of a credit; {busiest}; allow more frames in flight"
             )
         if limit == "source":
             return f"the source limits the stream: {busiest} and waits for input {share(stage.blocked_input)}"
@@ -228,8 +228,8 @@ class Stats:
         ):
             raise ConfigurationError(
                 f"since() compares two snapshots of one opened pipeline, the earlier as argument; this one is of "
-                f"{self.name!r} after {self.elapsed:g} s, the argument of {earlier.name!r} after {earlier.elapsed:g} s. "
-                "A pipeline that was closed and opened again starts anew: forget the old snapshot"
+                f"{self.name!r} after {self.elapsed:g} s, the argument of {earlier.name!r} after "
+                f"{earlier.elapsed:g} s. A pipeline that was opened again starts anew: forget the old snapshot"
             )
         return replace(
             self,
@@ -261,7 +261,7 @@ class Stats:
         return rich_table(STAGE_COLUMNS, self._rows(), left=2, title="\n".join(self._heading()), caption=self.diagnosis)
 
     def _busiest(self) -> StageStats | None:
-        """The stage under most pressure: that of the device or worker set which is busiest, there the busiest itself."""
+        """The stage under most pressure: of the busiest worker (or set of them) the busiest stage."""
         ran = [stage for stage in self.stages if stage.frames]
         return max(ran, key=lambda stage: (self._busy_with_neighbours(stage), stage.busy), default=None)
 
@@ -276,13 +276,16 @@ class Stats:
         flight = count(self.in_flight) if self.budget_frames is None else f"{self.in_flight} of {self.budget_frames}"
         if self.budget_bytes is not None:
             flight += f" ({size(self.bytes_in_flight)} of {size(self.budget_bytes)})"
-        return [
+        first = (
             f"pipeline {self.name!r}: {count(self.frames_out)} frames in {duration(self.elapsed)}, "
-            f"{count(round(self.frames_per_second, 1))} frames/s",
+            f"{count(round(self.frames_per_second, 1))} frames/s"
+        )
+        second = (
             f"in {count(self.frames_in)}, shed {count(self.frames_shed)}, failed {count(self.frames_failed)}; "
             f"in flight {flight}, waiting {count(self.waiting)}; "
-            f"latency p50 {duration(self.latency_p50)}, p99 {duration(self.latency_p99)}",
-        ]
+            f"latency p50 {duration(self.latency_p50)}, p99 {duration(self.latency_p99)}"
+        )
+        return [first, second]
 
     def _rows(self) -> list[list[str]]:
         return [

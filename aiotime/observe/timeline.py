@@ -1,4 +1,4 @@
-"""A trace as a picture (matplotlib) or as lines of text: lanes downwards, time to the right, one colour or digit per frame.
+"""A trace as a picture (matplotlib) or as text: lanes downwards, time to the right, one colour or digit per frame.
 
     cpu:0  0123456789
     cpu:1  .0123456789
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Protocol
@@ -149,6 +150,6 @@ def _stretch(slices: Sequence[Slice], last: float | None) -> tuple[float, float]
 
 def _unsteadiness(starts: Sequence[float]) -> float:
     """Spread of the times between neighbours relative to their mean."""
-    gaps = [later - earlier for earlier, later in zip(starts, starts[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(starts)]
     mean = fmean(gaps)
     return pstdev(gaps) / mean if mean > 0 else 0.0

@@ -24,7 +24,7 @@ PROCESS = 1  # the pid in the file: there is one process
 
 
 class Slice(NamedTuple):
-    """Something called ``name`` (a stage) occupied ``lane`` from ``start`` to ``end`` seconds, for ``frame`` or for none."""
+    """Something called ``name`` (a stage) occupied ``lane`` from ``start`` to ``end`` seconds, perhaps for a frame."""
 
     lane: str
     name: str
@@ -217,7 +217,7 @@ def _other(event: Event, threads: dict[str, int], zero: float) -> dict[str, Any]
 
 
 def _arrows(paths: list[list[Slice]], threads: dict[str, int], zero: float) -> Iterable[dict[str, Any]]:
-    """Flow events: start, steps, finish. Each stands in the middle of its slice, so that rounding cannot move it out."""
+    """Flow events: start, steps, finish; each in the middle of its slice, so that rounding cannot move it out."""
     for number, path in enumerate(paths, start=1):
         if len(path) < 2:
             continue

@@ -5,3 +5,11 @@
     profile.py    what each layer costs on each device              rehearsal.py  stages side by side
     partition.py  where to cut, exactly                             plan.py       Plan, plan(); table.py prints it
 """
+
+from aiotime.planning.layers import Layer
+from aiotime.planning.piece import Piece
+from aiotime.planning.plan import LayerCost, Plan, StagePlan, make_plan, plan
+from aiotime.planning.trace import trace
+from aiotime.planning.traced import Traced
+
+__all__ = ["Layer", "LayerCost", "Piece", "Plan", "StagePlan", "Traced", "make_plan", "plan", "trace"]

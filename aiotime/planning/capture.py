@@ -9,6 +9,7 @@ A captured graph refers to tensors and modules by the model's own qualified name
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import operator
@@ -24,7 +25,7 @@ from torch.utils import _pytree as pytree
 from aiotime.planning.payload import Path, Payload, arguments
 
 # containers of torch.nn whose insides are worth cutting; every other module of torch.nn is one layer
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
+_CONTAINERS = (nn.Sequential, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -158,7 +159,9 @@ def capture_operations(model: nn.Module, example: Any, dynamic: tuple[int, ...] 
     _raise_copies(graph)
     output = graph.output_node()
     info = graph._codegen.pytree_info  # type: ignore[attr-defined]
-    output.args = (_Unflattened(list(output.args[0]), info.out_spec).into(graph, output),)
+    leaves = output.args[0]
+    assert isinstance(leaves, tuple | list), "an exported program returns a flat tuple"
+    output.args = (_unflattened(graph, output, list(leaves), info.out_spec),)
     graph.set_codegen(fx.graph.CodeGen())
     return Captured(graph, _attributes(graph, module), payload, inputs, "export")
 
@@ -192,15 +195,19 @@ def _flatten_inputs(graph: fx.Graph, payload: Payload, *, guarded: bool) -> None
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node, (_, leaf) in zip(placeholders, payload.leaves, strict=True):
         if not isinstance(leaf, torch.Tensor):
+            swap = functools.partial(_swapped, fixed=node, leaf=leaf)
             for user in list(node.users):
-                user.args = fx.map_arg(user.args, lambda used, node=node, leaf=leaf: leaf if used is node else used)
-                user.kwargs = fx.map_arg(user.kwargs, lambda used, node=node, leaf=leaf: leaf if used is node else used)
+                user.args, user.kwargs = fx.map_arg(user.args, swap), fx.map_arg(user.kwargs, swap)
             graph.erase_node(node)
     for node in list(graph.nodes):
         guard = node.op == "call_module" and node.target == "_guards_fn" and not guarded
         unused = node.op == "get_attr" and not node.users
         if guard or unused or node.target is torch.ops.aten._assert_tensor_metadata.default:
             graph.erase_node(node)
+
+
+def _swapped(node: fx.Node, *, fixed: fx.Node, leaf: Any) -> Any:
+    return leaf if node is fixed else node
 
 
 def _raise_copies(graph: fx.Graph) -> None:
@@ -242,23 +249,16 @@ def _is_mutable(node: fx.Node) -> bool:
     return schema is None or bool(schema.is_mutable)
 
 
-class _Unflattened:
+def _unflattened(graph: fx.Graph, output: fx.Node, leaves: list[Any], spec: pytree.TreeSpec) -> Any:
     """The output of an exported graph, a flat list of nodes, in the model's own structure."""
+    if _is_literal(spec):
+        return pytree.tree_unflatten(leaves, spec)
 
-    def __init__(self, leaves: list[Any], spec: pytree.TreeSpec) -> None:
-        self.leaves = leaves
-        self.spec = spec
+    def unflatten(*leaves: Any) -> Any:
+        return pytree.tree_unflatten(list(leaves), spec)
 
-    def into(self, graph: fx.Graph, output: fx.Node) -> Any:
-        if _is_literal(self.spec):
-            return pytree.tree_unflatten(self.leaves, self.spec)
-        spec = self.spec
-
-        def unflatten(*leaves: Any) -> Any:
-            return pytree.tree_unflatten(list(leaves), spec)
-
-        with graph.inserting_before(output):
-            return graph.call_function(unflatten, tuple(self.leaves))
+    with graph.inserting_before(output):
+        return graph.call_function(unflatten, tuple(leaves))
 
 
 def _is_literal(spec: pytree.TreeSpec) -> bool:
@@ -276,7 +276,8 @@ def _attributes(graph: fx.Graph, root: nn.Module) -> dict[str, Any]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep export's own log of what it could not do off the terminal: the error we raise says it."""
-    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")]
+    names = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

@@ -7,6 +7,7 @@ Only steps lighter than 1/`FINEST` of the whole are joined, so no useful place t
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def _grouped(recording: Recording, allowed: Sequence[int]) -> list[int]:
     """Cuts between blocks (runs of steps that must stay together) such that every block is heavy."""
     edges = [0, *allowed, len(recording.steps)]
     threshold = sum(recording.work) / FINEST
-    blocks = list(zip(edges, edges[1:], strict=False))
+    blocks = list(itertools.pairwise(edges))
     heavy = [sum(recording.work[first:stop]) >= threshold for first, stop in blocks]
     paths = [module_path(step) for step in recording.steps]
     cuts: list[int] = []
@@ -97,7 +98,7 @@ def names(recording: Recording, edges: Sequence[int]) -> list[str]:
     """A name for each layer, no two alike."""
     given: Counter[str] = Counter()
     found: list[str] = []
-    for first, stop in zip(edges, edges[1:], strict=False):
+    for first, stop in itertools.pairwise(edges):
         heaviest = max(range(first, stop), key=lambda step: recording.work[step])
         step = recording.steps[heaviest]
         name = ".".join(module_path(step)) or step.name

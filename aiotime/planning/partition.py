@@ -160,7 +160,7 @@ class _Search:
                 for transfer, before, source in entries.get(first, ()):
                     stage = compute + transfer
                     if bound is None:
-                        cost = stage if stage > before else before
+                        cost = max(before, stage)
                     elif stage > bound:
                         continue
                     else:

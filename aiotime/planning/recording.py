@@ -41,7 +41,7 @@ class Recording:
         last_use: per node with a value, the last step that reads it (``len(steps)`` for an output).
         uncuttable: cuts that would change what the model computes.
         changed: tensors of the model that a frame changes.
-        writers: steps that change a value made by another step.
+        writes: per step that changes a value made before it, the earliest step whose value it changes.
         output: what the run returned.
     """
 
@@ -53,7 +53,7 @@ class Recording:
     last_use: dict[fx.Node, int] = field(default_factory=dict)
     uncuttable: set[int] = field(default_factory=set)
     changed: list[torch.Tensor] = field(default_factory=list)
-    writers: set[int] = field(default_factory=set)
+    writes: dict[int, int] = field(default_factory=dict)
     output: Any = None
     leaks: torch.Tensor | None = None  # a changed tensor of the model that is part of the output
 
@@ -110,11 +110,12 @@ class _Recorder(fx.Interpreter):
             elif node.op == "get_attr":
                 self.env[node] = self.captured.attributes[node.target]
             elif node.op == "output":
-                seen.output = fx.map_arg(node.args[0], lambda used: self.env[used])
+                seen.output = _thawed(fx.map_arg(node.args[0], lambda used: self.env[used]))
             else:
                 self._step(node, order[node], held, touched, changes, altered)
         for step, storage in changes:
-            seen.writers.add(step)
+            earlier = [node for node in held[storage] if seen.position[node] < step <= seen.last_use[node]]
+            seen.writes[step] = min([seen.writes.get(step, step), *(seen.position[node] for node in earlier)])
             for cut in range(1, step + 1):
                 crossing = [node for node in held[storage] if seen.position[node] < cut <= seen.last_use[node]]
                 if len(crossing) > 1:
@@ -175,11 +176,11 @@ class _Recorder(fx.Interpreter):
             self.seen.spec[node] = pytree.tree_structure(value)
 
 
-class _Work(TorchDispatchMode):
+class _Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up floating-point operations and elements moved."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.done = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -191,6 +192,17 @@ class _Work(TorchDispatchMode):
             moved = itertools.chain(tensors(args), tensors(kwargs), tensors(result))
             self.done += _MOVED * sum(tensor.numel() for tensor in moved)
         return result
+
+
+def _thawed(value: Any) -> Any:
+    """A graph holds immutable twins of dict and list; its code makes plain ones."""
+    if isinstance(value, dict):
+        return {key: _thawed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_thawed(item) for item in value]
+    if type(value) is tuple:
+        return tuple(_thawed(item) for item in value)
+    return value
 
 
 def _tensors_of(value: Any) -> Iterator[torch.Tensor]:

@@ -141,7 +141,7 @@ class _Tracing:
 
     def _traced(self, captured: Captured, recording: Recording) -> Traced:
         if not recording.steps:
-            raise TraceError(f"{type(self.model).__name__} computes nothing on its input, so there is nothing to divide")
+            raise TraceError(f"{type(self.model).__name__} computes nothing, so there is nothing to divide")
         if recording.leaks is not None:
             name = next(
                 (name for name, tensor in self.model.named_buffers() if tensor is recording.leaks), "a tensor"

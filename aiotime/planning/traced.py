@@ -57,7 +57,7 @@ class Traced:
         self._adopted = self._adoptions()
         self._changed = {id(tensor) for tensor in recording.changed}
         self.layers: tuple[Layer, ...] = tuple(
-            Layer(name, sum(map(nbytes, {**self._used[at], **self._adopted_tensors(at)}.values())))
+            Layer(name, nbytes([*self._used[at].values(), *self._adopted_tensors(at).values()]))
             for at, name in enumerate(names(recording, edges))
         )
         self.cut_bytes: tuple[int, ...] = tuple(
@@ -71,6 +71,11 @@ class Traced:
     def has_state(self) -> bool:
         """Whether a frame changes the model's own tensors (batch norm in training mode, a recurrent buffer)."""
         return bool(self._changed)
+
+    def writes_input(self, layer: int) -> bool:
+        """Whether ``layer`` changes in place what comes into it."""
+        first, stop = self._edges[layer], self._edges[layer + 1]
+        return any(origin < first for step, origin in self._recording.writes.items() if first <= step < stop)
 
     def cut(self, sizes: Sequence[int]) -> list[Piece]:
         """Pieces of ``sizes[0]``, ``sizes[1]``, … layers.
@@ -113,7 +118,7 @@ class Traced:
         shortcut = {path: name for name, path in places.items()}
         label = f"aiotime_piece_{next(_pieces)}"
         slow = self._written(first, stop, Writer(self._device, str)).compiled(label)
-        fast = self._written(first, stop, Writer(self._device, shortcut._operator.getitem__)).compiled(label)
+        fast = self._written(first, stop, Writer(self._device, shortcut.__getitem__)).compiled(label)
         return Piece(
             assembly.finished(slow, places), fast, layers=[layer.name for layer in self.layers[first:stop]], keys=keys
         )
@@ -156,7 +161,8 @@ class Traced:
                 writer.graph.call_function(operator.getitem, (writer.value, next(at)))
                 for _ in range(1 if spec is None else spec.num_leaves)
             ]
-            writer.nodes[node] = leaves[0] if spec is None else writer.graph.call_function(_unpacker(spec), tuple(leaves))
+            whole = leaves[0] if spec is None else writer.graph.call_function(_unpacker(spec), tuple(leaves))
+            writer.nodes[node] = whole
 
     def _write_departure(self, writer: Writer, end: int) -> None:
         """From the values that cross the cut to the flat tuple."""
@@ -167,7 +173,8 @@ class Traced:
                 items.append(writer.operand(node))
             else:
                 packed = writer.graph.call_function(_packer(spec, node.name), (writer.operand(node),))
-                items.extend(writer.graph.call_function(operator.getitem, (packed, leaf)) for leaf in range(spec.num_leaves))
+                for leaf in range(spec.num_leaves):
+                    items.append(writer.graph.call_function(operator.getitem, (packed, leaf)))
         writer.graph.output(tuple(items))
 
     def _tensors_used(self, layer: int) -> dict[int, torch.Tensor]:

@@ -1,0 +1,53 @@
+"""``aiotime plan``: measure a model's layers and print where it would be cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from aiotime.cli.factory import make, parse_balance, parse_devices
+from aiotime.errors import ConfigurationError
+
+
+@click.command(short_help="Measure a model and print how it would be cut.")
+@click.argument("factory", metavar="MODULE:FACTORY")
+@click.option("-e", "--example", multiple=True, metavar="SHAPE", help="A frame: 1,3,256,256, 1,16:int64 or name=1,16.")
+@click.option(
+    "-d", "--devices", metavar="LIST", help="Where stages may run: cpu:0,cpu:1. By default all GPUs, else all cores."
+)
+@click.option("--balance", default="measured", show_default=True, help="measured, even, or layers per stage: 3,5.")
+@click.option("--layers", is_flag=True, help="Print every layer, not only the stages.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Save the plan, for `aiotime run --plan`.")
+def plan(
+    factory: str, example: tuple[str, ...], devices: str | None, balance: str, layers: bool, json_file: str | None
+) -> None:
+    """Measure a model and print how it would be cut.
+
+    MODULE:FACTORY names a function that returns the model, alone or with an example frame. Each layer is timed on
+    each device; the cut is the one with the fastest slowest stage. Fewer stages than devices are
+    used where more do not pay, and the plan says so.
+
+    \b
+      aiotime plan net:make --example 1,3,256,256 --devices cpu:0,cpu:1 --json plan.json
+    """  # noqa: D301 - \b keeps click from joining these lines
+    import aiotime
+
+    console = Console(highlight=False)
+    try:
+        made = make(factory, example=example)
+        if made.model is None:
+            raise click.UsageError(
+                f"{factory} made a Pipeline, which is cut already; name a function that makes the model"
+            )
+        with Console(stderr=True).status("measuring the model …"):
+            planned = aiotime.plan(
+                made.model, example=made.example, devices=parse_devices(devices), balance=parse_balance(balance)
+            )
+    except ConfigurationError as error:
+        raise click.UsageError(str(error)) from error
+    console.print(planned)
+    if json_file is not None:
+        Path(json_file).write_text(planned.to_json() + "\n", encoding="utf-8")
+        console.print(f"wrote {json_file}")

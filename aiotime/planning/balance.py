@@ -1,0 +1,214 @@
+"""How many stages, of which layers, on which devices: by measurement, or as asked.
+
+    profile ──▶ partition (exact, for 1, 2, … stages) ──▶ rehearse the promising ones ──▶ the fewest that are as fast
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from aiotime.devices import resolve
+from aiotime.devices.base import Device
+from aiotime.errors import PlanError
+from aiotime.planning.partition import Partition, Problem, Transfer, frontier
+from aiotime.planning.profile import Profile, profile
+from aiotime.planning.rehearsal import can_rehearse, rehearse
+from aiotime.planning.traced import Traced
+
+MARGIN = 0.05  # more stages must be faster by this share, or fewer are taken
+INLINE = 300e-6  # seconds; a single stage on the host up to this long runs on the loop: a thread hop costs more
+_REHEARSALS = 3  # numbers of stages that are tried out
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """What was decided; the measured figures are None where nothing was measured."""
+
+    sizes: tuple[int, ...]
+    devices: tuple[str, ...]
+    seconds: tuple[float, ...] | None = None
+    transfers: tuple[float, ...] | None = None
+    layer_seconds: tuple[float, ...] | None = None
+    sequential: float | None = None
+    advice: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    partition: Partition
+    seconds: tuple[float, ...]  # per stage, without transfers
+    transfers: tuple[float, ...]
+
+    @property
+    def bottleneck(self) -> float:
+        return max(map(sum, zip(self.seconds, self.transfers, strict=True)))
+
+    @property
+    def stages(self) -> int:
+        return len(self.seconds)
+
+
+def divide_by_hand(
+    traced: Traced,
+    devices: Sequence[Device],
+    limits: Sequence[int | None],
+    sizes: tuple[int, ...],
+    *,
+    advice: str | None = None,
+) -> Division:
+    """One stage a device, of the sizes given; nothing is measured.
+
+    Raises:
+        PlanError: the sizes do not fit the layers or the devices, or a stage its device's memory.
+    """
+    count = len(traced.layers)
+    if not sizes or any(size < 1 for size in sizes) or sum(sizes) != count:
+        raise PlanError(
+            f"balance={list(sizes)} does not divide the model's {count} layers: each stage needs at least one, and "
+            f"together they must have {count}"
+        )
+    if len(sizes) > len(devices):
+        raise PlanError(f"balance={list(sizes)} makes {len(sizes)} stages for {len(devices)} devices; name as many")
+    ends = list(itertools.accumulate(sizes, initial=0))
+    for (first, stop), device, limit in zip(itertools.pairwise(ends), devices, limits, strict=False):
+        held = sum(layer.parameter_bytes for layer in traced.layers[first:stop])
+        if limit is not None and held > limit:
+            raise PlanError(
+                f"layers {traced.layers[first].name!r} to {traced.layers[stop - 1].name!r} hold {held:,} bytes of "
+                f"parameters, {device.name} may hold {limit:,}; give it fewer layers"
+            )
+    return Division(sizes, tuple(device.name for device in devices[: len(sizes)]), advice=advice)
+
+
+def divide_measured(
+    traced: Traced, example: Any, devices: Sequence[Device], limits: Sequence[int | None], *, seconds: float
+) -> Division:
+    """As many stages as pay.
+
+    Raises:
+        PlanError: the model does not fit into the memory of the devices.
+    """
+    measured = profile(traced, example, devices, seconds=seconds * 0.6)
+    problem = Problem(
+        seconds=[measured.layers[device.speed_class] for device in devices],
+        cut_bytes=traced.cut_bytes,
+        parameter_bytes=[layer.parameter_bytes for layer in traced.layers],
+        memory=limits,
+        transfer=_transfer(devices),
+        names=[layer.name for layer in traced.layers],
+    )
+    candidates = [_predicted(problem, devices, measured, found) for found in frontier(problem)]
+    chosen, refused = _choose(traced, example, devices, candidates, seconds=seconds * 0.4)
+    names = tuple(devices[at].name for at in chosen.partition.devices)
+    advice = _advice(traced, devices, chosen, refused)
+    if chosen.stages == 1 and chosen.seconds[0] <= INLINE:
+        device = devices[chosen.partition.devices[0]]
+        if device.on_host and can_rehearse([device]) and device.name != "inline":
+            names = ("inline",)
+            advice = _joined(
+                advice,
+                f"A frame takes {_microseconds(chosen.seconds[0])}, less than a hop to another thread is worth, so "
+                "the stage runs inline, on the event loop.",
+            )
+    elif chosen.stages > 1 and max(chosen.seconds) <= INLINE:
+        advice = _joined(advice, f"Every stage takes less than {_microseconds(INLINE)}: hops between threads show.")
+    layer_seconds = itertools.chain.from_iterable(
+        problem.seconds[device][first : first + size]
+        for device, first, size in zip(
+            chosen.partition.devices,
+            itertools.accumulate(chosen.partition.sizes, initial=0),
+            chosen.partition.sizes,
+            strict=False,
+        )
+    )
+    return Division(
+        sizes=chosen.partition.sizes,
+        devices=names,
+        seconds=chosen.seconds,
+        transfers=chosen.transfers,
+        layer_seconds=tuple(layer_seconds),
+        sequential=measured.sequential,
+        advice=advice,
+    )
+
+
+def _transfer(devices: Sequence[Device]) -> Transfer:
+    def seconds(nbytes: int, source: int | None, target: int) -> float:
+        if source is None:  # the door: a payload lies in the host's memory
+            return 0.0 if devices[target].on_host else resolve("cpu:0").transfer_seconds(nbytes, devices[target])
+        return devices[source].transfer_seconds(nbytes, devices[target])
+
+    return seconds
+
+
+def _predicted(problem: Problem, devices: Sequence[Device], measured: Profile, found: Partition) -> _Candidate:
+    """``found`` with its transfers apart; a single stage takes what the whole took, not the sum of its layers."""
+    firsts = list(itertools.accumulate(found.sizes, initial=0))
+    sources = [None, *found.devices]
+    transfers = tuple(
+        problem.transfer(problem.cut_bytes[first], source, device)
+        for first, source, device in zip(firsts, sources, found.devices, strict=False)
+    )
+    if len(found.sizes) == 1:
+        return _Candidate(found, (measured.whole[devices[found.devices[0]].speed_class],), transfers)
+    computed = tuple(total - moved for total, moved in zip(found.seconds, transfers, strict=True))
+    return _Candidate(found, computed, transfers)
+
+
+def _choose(
+    traced: Traced, example: Any, devices: Sequence[Device], candidates: Sequence[_Candidate], *, seconds: float
+) -> tuple[_Candidate, list[_Candidate]]:
+    """The fewest stages that are about as fast as any tried, and the others that were tried."""
+    tried = [candidate for candidate in candidates if candidate.stages == 1]
+    others = sorted((candidate for candidate in candidates if candidate.stages > 1), key=lambda one: one.bottleneck)
+    real = can_rehearse(devices)
+    for rehearsal, candidate in enumerate(others):
+        best = min((one.bottleneck for one in tried), default=float("inf"))
+        if candidate.bottleneck >= best * (1 - MARGIN) or (real and rehearsal >= _REHEARSALS):
+            break  # the rest promise even less
+        tried.append(_rehearsed(traced, example, devices, candidate, seconds / _REHEARSALS) if real else candidate)
+    best = min(one.bottleneck for one in tried)
+    tried.sort(key=lambda one: one.stages)
+    chosen = next(one for one in tried if one.bottleneck * (1 - MARGIN) <= best)
+    return chosen, [one for one in tried if one is not chosen]
+
+
+def _rehearsed(
+    traced: Traced, example: Any, devices: Sequence[Device], candidate: _Candidate, seconds: float
+) -> _Candidate:
+    ends = itertools.accumulate(candidate.partition.sizes, initial=0)
+    pieces = [traced.piece(first, stop, apart=True) for first, stop in itertools.pairwise(ends)]
+    cast = [devices[at] for at in candidate.partition.devices]
+    return replace(candidate, seconds=rehearse(pieces, cast, example, seconds=seconds))
+
+
+def _advice(
+    traced: Traced, devices: Sequence[Device], chosen: _Candidate, refused: Sequence[_Candidate]
+) -> str | None:
+    if chosen.stages == len(devices):
+        return None
+    taken = f"{chosen.stages} of {len(devices)} devices {'is' if chosen.stages == 1 else 'are'} used"
+    if len(traced.layers) <= chosen.stages:
+        return f"The model has {len(traced.layers)} layers, so {taken}."
+    slower = [one for one in refused if one.stages > chosen.stages]
+    if slower:
+        closest = min(slower, key=lambda one: one.bottleneck)
+        ratio = closest.bottleneck / chosen.bottleneck
+        verdict = f"{ratio:.1f} times as long as" if ratio > 1.05 else "about as long as"
+        return (
+            f"{taken}: {closest.stages} stages side by side take {_microseconds(closest.bottleneck)} a frame, "
+            f"{verdict} {chosen.stages} ({_microseconds(chosen.bottleneck)}): the layers are too small, their threads "
+            "wait for each other."
+        )
+    return f"{taken}: more stages would not be faster, as the slowest stage could not become shorter."
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def _joined(first: str | None, second: str) -> str:
+    return second if first is None else f"{first} {second}"

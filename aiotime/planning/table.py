@@ -1,0 +1,111 @@
+"""A plan as a table: aligned text, or rich's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from aiotime.planning.plan import Plan, StagePlan
+
+STAGE_COLUMNS = ("stage", "device", "layers", "ms", "transfer ms", "bytes across the cut", "parameters")
+LAYER_COLUMNS = ("layer", "ms", "bytes across the cut", "parameters", "stage", "device")
+_LEFT = {"stage", "device", "layers", "layer"}
+NOT_MEASURED = "not measured"
+
+
+def rows(plan: Plan, *, layers: bool) -> list[tuple[str, ...]]:
+    """The cells, one row a stage or one row a layer."""
+    if not layers:
+        return [_stage_row(at, stage) for at, stage in enumerate(plan.stages)]
+    found: list[tuple[str, ...]] = []
+    costs = iter(plan.layers)
+    for at, stage in enumerate(plan.stages):
+        for _ in stage.layers:
+            cost = next(costs)
+            found.append(
+                (
+                    cost.name,
+                    milliseconds(cost.seconds),
+                    size(cost.output_bytes),
+                    size(cost.parameter_bytes),
+                    str(at),
+                    stage.device,
+                )
+            )
+    return found
+
+
+def _stage_row(at: int, stage: StagePlan) -> tuple[str, ...]:
+    inside = stage.layers[0] if len(stage.layers) == 1 else f"{stage.layers[0]} … {stage.layers[-1]}"
+    return (
+        str(at),
+        stage.device,
+        f"{inside} ({len(stage.layers)})",
+        milliseconds(stage.seconds),
+        milliseconds(stage.transfer_seconds),
+        size(stage.output_bytes),
+        size(stage.parameter_bytes),
+    )
+
+
+def summary(plan: Plan) -> list[str]:
+    """The lines below the table."""
+    lines: list[str] = []
+    if plan.frames_per_second is None:
+        lines.append("Nothing was measured; balance=\"measured\" predicts frames/s.")
+    else:
+        line = f"Predicted: {plan.frames_per_second:,.0f} frames/s"
+        if plan.speed_up is not None and plan.sequential_seconds:
+            line += f", {plan.speed_up:.2f} × the model by itself ({1 / plan.sequential_seconds:,.0f} frames/s)"
+        lines.append(line)
+    if plan.advice:
+        lines.append(plan.advice)
+    return lines
+
+
+def text(plan: Plan, *, layers: bool = False) -> str:
+    """Plain aligned text."""
+    columns = LAYER_COLUMNS if layers else STAGE_COLUMNS
+    cells = [columns, *rows(plan, layers=layers)]
+    widths = [max(len(row[at]) for row in cells) for at in range(len(columns))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column in _LEFT else cell.rjust(width)
+            for cell, width, column in zip(row, widths, columns, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+    lines.insert(1, "  ".join("─" * width for width in widths))
+    return "\n".join([*lines, *summary(plan)])
+
+
+def rich_table(plan: Plan, *, layers: bool = False) -> Table:
+    """A rich table with the summary as its caption."""
+    from rich.table import Table  # only where somebody prints with rich
+
+    table = Table(caption="\n".join(summary(plan)), caption_justify="left")
+    columns = LAYER_COLUMNS if layers else STAGE_COLUMNS
+    for column in columns:
+        table.add_column(column, justify="left" if column in _LEFT else "right")
+    for row in rows(plan, layers=layers):
+        table.add_row(*row)
+    return table
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Three digits that matter, in milliseconds."""
+    if seconds is None:
+        return NOT_MEASURED
+    return f"{seconds * 1e3:.3f}" if seconds < 1.0 else f"{seconds * 1e3:,.0f}"
+
+
+def size(nbytes: int) -> str:
+    """Bytes with a binary unit."""
+    amount = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024 or unit == "GiB":
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    raise AssertionError("the last unit takes everything")
