@@ -35,7 +35,7 @@ def write_video(path: Path, *, frames: int = 8, width: int = 64, height: int = 4
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
+        stream: Any = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for index in range(frames):
             picture = np.full((height, width, 3), min(255, 20 * index), np.uint8)
@@ -50,7 +50,7 @@ def write_picture(path: Path, *, value: int = 100, width: int = 32, height: int 
 
     codec, layout = ("png", "rgb24") if path.suffix == ".png" else ("mjpeg", "yuvj420p")
     with av.open(str(path), "w", format="image2", options={"update": "1"}) as container:
-        stream = container.add_stream(codec, rate=1)
+        stream: Any = container.add_stream(codec, rate=1)
         stream.width, stream.height, stream.pix_fmt = width, height, layout
         frame = av.VideoFrame.from_ndarray(np.full((height, width, 3), value, np.uint8), format="rgb24")
         container.mux(stream.encode(frame.reformat(format=layout)))
@@ -470,7 +470,9 @@ def test_recordings_are_read_again_and_again(tmp_path: Path) -> None:
         assert isinstance(found, Recording)
         assert [len(list(found)) for _ in range(2)] == [count, count]
     assert len(list(Recording(tmp_path / "unnamed", example=example))) == 2
-    assert len(list(sources.find(tmp_path / "unnamed", example=example, format="jsonl"))) == 2
+    found = sources.find(tmp_path / "unnamed", example=example, format="jsonl")
+    assert isinstance(found, Recording)
+    assert len(list(found)) == 2
 
 
 def test_find_tells_sources_apart(tmp_path: Path) -> None:
@@ -514,6 +516,24 @@ async def test_stdin_cancelled_while_it_waits_lets_go(settle: Settle) -> None:
         with pytest.raises(asyncio.CancelledError):
             await waiting
         assert os.get_blocking(read)
+
+
+@pytest.mark.asyncio
+async def test_stdin_woken_for_nothing_waits_on(monkeypatch: pytest.MonkeyPatch, settle: Settle) -> None:
+    """Another reader of the pipe was quicker: no byte is there, and the loop is not blocked by reading."""
+
+    async def wakes_for_nothing(_: int) -> None:
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr("aiotime.sources.recording.readable", wakes_for_nothing)
+    read, write = os.pipe()
+    with os.fdopen(read, "rb") as file:
+        waiting = asyncio.ensure_future(anext(aiter(Stdin(example=torch.zeros(1), file=file))))
+        await settle()
+        assert not waiting.done()
+        os.write(write, b"[7]\n")
+        os.close(write)
+        assert float((await waiting).input) == 7.0
 
 
 @pytest.mark.asyncio

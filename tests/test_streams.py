@@ -96,6 +96,19 @@ async def test_merge_fetches_one_ahead_and_no_more(settle: Settle) -> None:
 
 
 @pytest.mark.asyncio
+async def test_merge_fetches_one_ahead_of_each_source(settle: Settle) -> None:
+    """Taking from one source does not make another fetch more than its one."""
+    tapes = {"a": Tape(), "b": Tape()}
+    merged = streams.merge(**tapes)
+    keys = []
+    for _ in range(5):
+        keys.append((await anext(merged)).key)
+        await settle()
+        assert all(tape.taken <= keys.count(name) + 1 for name, tape in tapes.items())
+    await merged.aclose()
+
+
+@pytest.mark.asyncio
 async def test_merge_names_the_source_that_failed_and_closes_the_others() -> None:
     """The error says which source, carries its cause, and no other source stays open."""
     healthy, broken = Tape(), Tape(2, error=OSError("unplugged"))
@@ -261,6 +274,11 @@ def test_pace_refuses_a_rate_that_is_none(rate: float) -> None:
 # ---------------------------------------------------------------------------------------------------- pipes
 
 
+def full(value: int, *_: int) -> torch.Tensor:
+    """A frame of one value."""
+    return torch.full((1, 2), float(value))
+
+
 @pytest.mark.asyncio
 async def test_pace_and_merge_work_in_a_pipe() -> None:
     """A merge at the head of a pipe, paced by a step, cut by take: keys kept, sources closed."""
@@ -291,7 +309,7 @@ async def test_infer_in_a_pipe_closes_run_and_source_after_take(tiny_pipeline: A
     from aiostream import pipe, stream
 
     tape = Tape()
-    frames = stream.iterate(tape) | pipe.map(lambda k: torch.full((1, 2), float(k)))
+    frames = stream.iterate(tape) | pipe.map(full)
     piped = frames | streams.infer(tiny_pipeline) | pipe.take(5)
     async with piped.stream() as streamer:
         outputs = [float(prediction.output[0, 0]) async for prediction in streamer]
@@ -315,7 +333,7 @@ async def test_infer_raises_the_error_of_its_source(tiny_pipeline: Any) -> None:
     """A source that fails fails the pipe, with the frames before it delivered."""
     from aiostream import pipe, stream
 
-    source = stream.iterate(Tape(2, error=OSError("gone"))) | pipe.map(lambda k: torch.zeros(1, 2))
+    source = stream.iterate(Tape(2, error=OSError("gone"))) | pipe.map(full)
     seen = 0
     with pytest.raises(SourceError, match="gone"):  # noqa: PT012 - the loop is what raises
         async with (source | streams.infer(tiny_pipeline)).stream() as streamer:

@@ -103,7 +103,11 @@ class Job:
         run = pipeline.run(
             self._frames(),
             overflow=options.overflow or ("latest" if source.live else "wait"),
-            on_error=self._record if options.on_error == "record" else options.on_error,
+            on_error=self._record
+            if options.on_error == "record"
+            else "skip"
+            if options.on_error == "skip"
+            else "raise",
             deadline=options.deadline,
         )
         progress = Progress(total(source.length, options.limit), description=source.name)

@@ -41,13 +41,17 @@ def plan(
             raise click.UsageError(
                 f"{factory} made a Pipeline, which is cut already; name a function that makes the model"
             )
+        made.model.eval()  # as a pipeline runs it
         with Console(stderr=True).status("measuring the model …"):
             planned = aiotime.plan(
                 made.model, example=made.example, devices=parse_devices(devices), balance=parse_balance(balance)
             )
     except ConfigurationError as error:
         raise click.UsageError(str(error)) from error
-    console.print(planned)
+    if layers:
+        click.echo(planned.table(layers=True))
+    else:
+        console.print(planned)
     if json_file is not None:
         Path(json_file).write_text(planned.to_json() + "\n", encoding="utf-8")
         console.print(f"wrote {json_file}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from contextlib import ExitStack
@@ -15,9 +16,12 @@ from aiotime.cli.factory import Made, make, parse_balance, parse_devices
 from aiotime.cli.job import Job, Options, Outcome
 from aiotime.cli.writing import STYLES, Writer
 from aiotime.errors import ConfigurationError
-from aiotime.observe.tables import count, duration
+from aiotime.observe.tables import count, duration, rich_table, share
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from aiotime.observe.stats import Stats
     from aiotime.pipeline import Pipeline
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE: whoever read the predictions left
@@ -84,6 +88,7 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE: whoever read the predictions left
 @click.pass_context
 def run(
     context: click.Context,
+    /,
     *,
     factory: str,
     source: str,
@@ -116,6 +121,8 @@ def run(
     from aiotime import sources
 
     options = Options(**stream)
+    if options.timeline and importlib.util.find_spec("matplotlib") is None:
+        raise click.UsageError('--timeline draws with matplotlib: pip install "aiotime[plot]"')
     console = Console(stderr=out == "-", quiet=options.quiet, highlight=False)
     try:
         made = make(factory, example=example)
@@ -128,7 +135,7 @@ def run(
             outcome = aiotime.run(Job(pipeline, found, writer, options).work())
     except ConfigurationError as error:
         raise click.UsageError(str(error)) from error
-    report(console, outcome, out=out, lines=writer.written)
+    report(console, outcome, out=out, written=writer.written)
     if outcome.error is not None:
         click.echo(f"Error: {explain(outcome.error)}", err=True)
     context.exit(exit_code(outcome))
@@ -163,25 +170,43 @@ def open_output(out: str | None, stack: ExitStack) -> TextIO:
         raise click.UsageError(f"cannot write to {out}: {error.strerror}") from error
 
 
-def report(console: Console, outcome: Outcome, *, out: str | None, lines: int) -> None:
+def report(console: Console, outcome: Outcome, *, out: str | None, written: int) -> None:
     """The summary: what came out, how fast, what limits it, what was written."""
-    run = outcome.run
-    console.print(outcome.stats)
+    run, stats = outcome.run, outcome.stats
     lost = {"shed": run.frames_shed, "failed": run.frames_failed}
-    console.print(
+    lines = [
         f"{count(run.frames_out)} predictions from {count(run.frames_in)} frames"
         + "".join(f", {count(number)} {how}" for how, number in lost.items() if number)
-        + f" in {duration(run.elapsed)}: {count(round(run.frames_per_second, 1))} frames/s; "
-        f"latency p50 {duration(run.latency_p50)}, p99 {duration(run.latency_p99)}"
-    )
+        + f" in {duration(run.elapsed)}: {count(round(run.frames_per_second, 1))} frames/s",
+        f"latency p50 {duration(run.latency_p50)}, p99 {duration(run.latency_p99)}; {stats.diagnosis}",
+    ]
     if outcome.interrupt.received is not None:
-        console.print(f"stopped by {outcome.interrupt.received.name}; what was in flight was finished")
+        lines.append(f"stopped by {outcome.interrupt.received.name}; what was in flight was finished")
     if out is None:
-        console.print("predictions were not kept; give --out predictions.jsonl")
+        lines.append("predictions were not kept; give --out predictions.jsonl")
     elif out != "-":
-        console.print(f"wrote {out} ({count(lines)} lines)")
-    for path in outcome.written:
-        console.print(f"wrote {path}")
+        lines.append(f"wrote {out} ({count(written)} lines)")
+    lines += [f"wrote {path}" for path in outcome.written]
+    console.print(stage_table(stats))
+    for line in lines:
+        console.print(line, soft_wrap=True)
+
+
+def stage_table(stats: Stats) -> Table:
+    """The columns of ``Stats`` that fit a terminal of 80."""
+    rows = [
+        [
+            stage.name,
+            stage.device,
+            count(stage.frames),
+            share(stage.busy),
+            share(stage.blocked_input),
+            duration(stage.service_p50),
+            duration(stage.service_p99),
+        ]
+        for stage in stats.stages
+    ]
+    return rich_table(("stage", "device", "frames", "busy", "no input", "p50", "p99"), rows, left=2)
 
 
 def explain(error: BaseException) -> str:

@@ -76,9 +76,10 @@ class Accelerator:
         if self._cause is None and cause is not None:
             self._cause = cause.with_traceback(None)  # a traceback would pin payloads
         reason = self._cause
+        hint = " (with CUDA_LAUNCH_BLOCKING=1 to see the guilty operation)" if self.backend.kind == "cuda" else ""
         error = BrokenError(
-            f"{self.name} failed: {type(reason).__name__}: {reason}. Nothing more can run on it in this process; "
-            "restart the process. CUDA_LAUNCH_BLOCKING=1 shows the guilty operation"
+            f"{self.name} failed and can do nothing more in this process; restart the process{hint}: "
+            f"{type(reason).__name__}: {reason}"
         )
         error.__cause__ = reason
         return error

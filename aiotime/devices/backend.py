@@ -74,8 +74,7 @@ class Backend(Protocol):
         """An event whose ``synchronize`` sleeps rather than spins; with ``timing`` it may spin."""
 
     def on(self, *streams: Any) -> AbstractContextManager[Any]:
-        """Make ``streams`` current on their devices, for this thread, and the device of the last one current.
-        Never across an await."""
+        """Make ``streams`` current for this thread, and the device of the last one. Never across an await."""
 
     def synchronize(self, index: int) -> None:
         """Block the thread until the device has nothing left to do, on any stream."""

@@ -2,9 +2,9 @@
 
     watch ── query ──▶ passed: told at once
                │ no
-               ├─ the wait is usually short ──▶ one task: sleep(0), query the heads … ── too long ──┐
-               └─ it is usually long ──────────────────────────────────────────────────────────────▶ waiter thread,
-                                                                            one wake-up of the loop for many ◀── synchronize()
+               ├─ waits are short here ──▶ one task: sleep(0), query the heads … ── too long ──┐
+               └─ waits are long here ─────────────────────────────────────────────────────────┴▶ waiter thread:
+                                                        loop ◀── one wake-up for many ──────────── synchronize()
 
 Why a ladder: a timer cannot do it (any sleep between 0 and 1 ms lasts about 1 ms on asyncio and spins on uvloop). Turns
 of ``sleep(0)`` see an event within microseconds but burn the core, so they are for short waits only; a thread
@@ -33,6 +33,7 @@ from aiotime.devices.base import Event
 SPIN_LIMIT = 200e-6  # seconds; where waits last longer, spinning burns more than the thread switch costs
 SLACK = 30e-6  # seconds of spinning granted beyond twice the usual wait
 QUIET = 1.0  # seconds after which a waiter without work ends
+GRACE = 5.0  # seconds that forget() waits for a waiter to end
 
 Told = Callable[[BaseException | None], None]
 
@@ -97,7 +98,7 @@ class Poller:
         watch = Watch(event, told, pace, self._now())
         if self._settled(watch):
             return
-        if watch.until > watch.since and pace not in self._waiters_at_work():
+        if watch.until > watch.since:
             self._spinning.setdefault(pace, deque()).append(watch)
             if self._task is None:
                 loop = asyncio.get_running_loop()
@@ -111,7 +112,8 @@ class Poller:
         waiter = self._waiters.pop(pace, None)
         if waiter is not None:
             waiter.end()
-            while waiter.thread.is_alive():
+            patience = time.monotonic() + GRACE
+            while waiter.thread.is_alive() and time.monotonic() < patience:  # noqa: ASYNC110 - a thread's end is no event
                 await asyncio.sleep(0.001)
 
     @property
@@ -160,9 +162,6 @@ class Poller:
 
     # ------------------------------------------------------------------ the slow rung
 
-    def _waiters_at_work(self) -> set[Pace]:
-        return {pace for pace, waiter in self._waiters.items() if waiter.left}
-
     def _park_all(self, pace: Pace) -> None:
         for watch in self._spinning.pop(pace, ()):
             self._park(watch)
@@ -189,9 +188,6 @@ class Poller:
         self._armed = False  # before the queue is emptied, or one put in between is never announced
         while self._seen:
             watch, error = self._seen.popleft()
-            waiter = self._waiters.get(watch.pace)
-            if waiter is not None:
-                waiter.left -= 1
             self._tell(watch, error)
 
     def _tell(self, watch: Watch, error: BaseException | None) -> None:
@@ -212,7 +208,6 @@ class Waiter:
     """
 
     def __init__(self, poller: Poller, name: str) -> None:
-        self.left = 0  # watches taken and not yet told; of the loop
         self._poller = poller
         self._watches: SimpleQueue[Watch | None] = SimpleQueue()
         self._ending = threading.Lock()  # held while it decides to end
@@ -225,7 +220,6 @@ class Waiter:
         with self._ending:
             if self._ended:
                 return False
-            self.left += 1
             self._watches.put(watch)
             return True
 

@@ -1,8 +1,10 @@
 """A live display of a running pipeline for the command line: rich on a terminal, plain lines elsewhere.
 
-with Progress(total=1437) as progress:
-    async for pred in run:
-        progress.update(pipeline.stats())
+    async with pipeline, Progress(total=1437).follow(pipeline.stats):
+        async for pred in pipeline.run(source):
+            ...
+
+Rates and shares are those of the newest seconds, counters those of the whole time.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
-from aiotime.errors import ConfigurationError
+from aiotime.errors import ClosedError, ConfigurationError
 from aiotime.observe.stats import Stats
 from aiotime.observe.tables import count, duration, share
 
@@ -33,8 +35,9 @@ class Progress:
     """Shows frames done, rate, in flight, shed and failed, and for each stage its busy share and queue.
 
     On a terminal the picture is redrawn in place, at most ten times a second; elsewhere, and where rich is not
-    installed, a plain line is written every few seconds and at the end. It has no thread and no timer: it
-    shows what `update` is given, so call that often (each frame will do), or use `follow`.
+    installed, a plain line is written every few seconds and at the end. It has no thread and no timer of its
+    own: it shows what `update` is given. Inside an event loop `follow` is simplest. A snapshot costs a
+    good part of a millisecond, so take some per second, not one per frame.
 
     Args:
         total: frames that will come; None where that is not known.
@@ -82,6 +85,8 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._open:
+            return
         self._open = False
         try:
             if self._recent and self._written is not self._recent[-1]:
@@ -94,8 +99,6 @@ class Progress:
     def update(self, stats: Stats) -> None:
         """Take a new snapshot; it is shown if enough time has passed since the last one was."""
         recent = self._recent
-        if recent and (stats.elapsed < recent[-1].elapsed or stats.name != recent[-1].name):
-            recent.clear()  # another opening of the pipeline
         recent.append(stats)
         while len(recent) > 2 and stats.elapsed - recent[1].elapsed >= RECENT:
             recent.popleft()
@@ -109,7 +112,9 @@ class Progress:
     async def follow(self, snapshot: Callable[[], Stats], *, interval: float = REDRAW) -> AsyncIterator[Self]:
         """Open the display and update it with ``snapshot()`` every ``interval`` seconds, and at the end.
 
-        It is done by a task of its own, which ends with the ``async with`` block however that is left.
+        It is done by a task of its own, which ends with the ``async with`` block however that is left. A
+        pipeline that is not open is passed over; to see the last numbers too, leave this block before the
+        pipeline is closed. An error of ``snapshot`` is raised at the end of the block.
         """
         with self:
             task = asyncio.create_task(self._follow(snapshot, interval), name="progress")
@@ -121,12 +126,19 @@ class Progress:
                 failed = None if task.cancelled() else task.exception()
             if failed is not None:
                 raise failed
-            self.update(snapshot())
+            self._take(snapshot)
 
     async def _follow(self, snapshot: Callable[[], Stats], interval: float) -> None:
         while True:
-            self.update(snapshot())
+            self._take(snapshot)
             await asyncio.sleep(interval)
+
+    def _take(self, snapshot: Callable[[], Stats]) -> None:
+        try:
+            stats = snapshot()
+        except ClosedError:
+            return  # run() opens the pipeline with the first frame and closes it after the last
+        self.update(stats)
 
     def _show(self) -> None:
         newest, recent = self._recent[-1], self._now()
@@ -140,7 +152,12 @@ class Progress:
     def _now(self) -> Stats:
         """The newest seconds alone; the whole time where there is nothing to compare with."""
         newest, oldest = self._recent[-1], self._recent[0]
-        return newest.since(oldest) if newest.elapsed > oldest.elapsed else newest
+        try:
+            return newest.since(oldest) if newest.elapsed != oldest.elapsed else newest
+        except ConfigurationError:  # another opening of the pipeline: its counters start anew
+            self._recent.clear()
+            self._recent.append(newest)
+            return newest
 
 
 def line(stats: Stats, recent: Stats, *, description: str, total: int | None = None) -> str:
@@ -160,7 +177,7 @@ def line(stats: Stats, recent: Stats, *, description: str, total: int | None = N
 
 
 def picture(stats: Stats, recent: Stats, *, description: str, total: int | None = None) -> RenderableType:
-    """What a terminal shows: a line of counters, then a row per stage with its busy share and queue."""
+    """What a terminal shows, in 80 columns: two lines of counters, a row per stage with its busy share and queue."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -174,10 +191,12 @@ def picture(stats: Stats, recent: Stats, *, description: str, total: int | None 
     if total and recent.frames_out and total > _ended(stats):
         ended_per_second = _ended(recent) / recent.elapsed
         cells.append(Text(f"{duration((total - _ended(stats)) / ended_per_second)} left", style="dim"))
-    cells.append(Text(f"{count(stats.in_flight)} in flight"))
-    cells.append(Text(f"{count(stats.frames_shed)} shed", style="yellow" if stats.frames_shed else "dim"))
-    cells.append(Text(f"{count(stats.frames_failed)} failed", style="red" if stats.frames_failed else "dim"))
     head.add_row(*cells)
+    losses = Text.assemble(
+        f"  {count(stats.in_flight)} in flight  ",
+        (f"{count(stats.frames_shed)} shed  ", "yellow" if stats.frames_shed else "dim"),
+        (f"{count(stats.frames_failed)} failed", "red" if stats.frames_failed else "dim"),
+    )
     body = Table.grid(padding=(0, 2))
     limiting = recent.bottleneck
     for stage in recent.stages:
@@ -189,7 +208,7 @@ def picture(stats: Stats, recent: Stats, *, description: str, total: int | None 
             Text(f"{share(stage.busy):>5} busy"),
             Text(f"queue {count(stage.queue)}", style="dim"),
         )
-    return Group(head, body)
+    return Group(head, losses, body)
 
 
 def _done(stats: Stats, total: int | None) -> str:

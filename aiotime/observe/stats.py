@@ -17,6 +17,7 @@ from aiotime.observe.meter import Recorder, quantile
 from aiotime.observe.tables import count, duration, rich_table, share, size, text_table
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
 SATURATED = 0.8  # busy share from which a stage limits the stream, whatever else is to be seen
@@ -118,6 +119,7 @@ class Stats:
         latency_p50: seconds from a frame's arrival to its result, median of the newest 1,024.
         latency_p99: the same, 99 of 100 frames took less.
         stages: in the order of the stream.
+        undelivered_mean: finished frames that waited for their consumer, on average over the elapsed time.
     """
 
     name: str
@@ -134,6 +136,7 @@ class Stats:
     latency_p50: float
     latency_p99: float
     stages: tuple[StageStats, ...]
+    undelivered_mean: float = 0.0
 
     @property
     def frames_per_second(self) -> float:
@@ -154,7 +157,8 @@ class Stats:
 
         1. ``"stage"``: the busiest stage is busy at least 80 % of the time. Stages with one worker on one
            device share it, so there their shares are added up.
-        2. ``"consumer"``: more finished frames wait to be taken (at least two) than are in flight.
+        2. ``"consumer"``: more finished frames wait to be taken now (at least two) than are in flight, or at
+           least one has waited on average.
         3. ``"budget"``: a stage idles at least 25 % of the time because all credits are held downstream.
         4. ``"stage"``: the busiest stage is busy at least half of the time.
         5. ``"source"``: every stage mostly waits for input.
@@ -167,7 +171,7 @@ class Stats:
         busy = self._busy_with_neighbours(stage)
         if busy >= SATURATED:
             return "stage"
-        if self.undelivered > max(1, self.in_flight):
+        if self.undelivered > max(1, self.in_flight) or self.undelivered_mean >= 1:
             return "consumer"
         if self._short_of_credits() is not None:
             return "budget"
@@ -187,7 +191,10 @@ class Stats:
             return "nothing has run yet"
         busiest = f"the busiest stage, {stage.name!r}, is busy {share(stage.busy)}"
         if limit == "consumer":
-            return f"the consumer limits the stream: {self.undelivered} finished frames wait to be taken; {busiest}"
+            waiting = f"{self.undelivered} finished frames wait to be taken now"
+            if self.undelivered_mean:
+                waiting += f", {self.undelivered_mean:.1f} did on average"
+            return f"the consumer limits the stream: {waiting}; {busiest}"
         if limit == "budget":
             held = self._short_of_credits()
             assert held is not None
@@ -238,6 +245,9 @@ class Stats:
             frames_out=self.frames_out - earlier.frames_out,
             frames_shed=self.frames_shed - earlier.frames_shed,
             frames_failed=self.frames_failed - earlier.frames_failed,
+            undelivered_mean=_mean_since(
+                self.undelivered_mean, earlier.undelivered_mean, self.elapsed, earlier.elapsed
+            ),
             stages=tuple(
                 _stage_since(stage, before.get(stage.name), self.elapsed, earlier.elapsed) for stage in self.stages
             ),
@@ -257,8 +267,12 @@ class Stats:
     def __str__(self) -> str:
         return "\n".join([*self._heading(), "", text_table(STAGE_COLUMNS, self._rows(), left=2), "", self.diagnosis])
 
-    def __rich__(self) -> Table:
-        return rich_table(STAGE_COLUMNS, self._rows(), left=2, title="\n".join(self._heading()), caption=self.diagnosis)
+    def __rich__(self) -> Group:
+        from rich.console import Group
+        from rich.text import Text
+
+        heading = Text("\n".join(self._heading()) + "\n")
+        return Group(heading, rich_table(STAGE_COLUMNS, self._rows(), left=2), Text("\n" + self.diagnosis, "bold"))
 
     def _busiest(self) -> StageStats | None:
         """The stage under most pressure: of the busiest worker (or set of them) the busiest stage."""
@@ -291,28 +305,22 @@ class Stats:
         return [
             [
                 stage.name,
-                stage.device,
-                count(stage.workers),
+                stage.device if stage.workers == 1 else f"{stage.device} ×{stage.workers}",
                 count(stage.frames),
                 count(stage.failed),
                 share(stage.busy),
                 share(stage.blocked_input),
                 share(stage.blocked_output),
                 duration(stage.service_p50),
-                duration(stage.service_p90),
                 duration(stage.service_p99),
                 count(stage.queue),
-                f"{stage.queue_mean:.1f}",
-                count(stage.queue_max),
             ]
             for stage in self.stages
         ]
 
 
-STAGE_COLUMNS = (
-    *("stage", "device", "workers", "frames", "failed", "busy", "no input", "no credit"),
-    *("p50", "p90", "p99", "queue", "mean", "max"),
-)
+# what fits into 80 columns; the rest (p90, mean and greatest queue) is in to_dict()
+STAGE_COLUMNS = ("stage", "device", "frames", "failed", "busy", "no input", "no room", "p50", "p99", "queue")
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,7 +392,7 @@ def _stage_since(now: StageStats, before: StageStats | None, elapsed: float, ear
         return now
 
     def between(newer: float, older: float) -> float:
-        return _share(newer * elapsed - older * earlier, elapsed - earlier)
+        return min(1.0, _mean_since(newer, older, elapsed, earlier))
 
     return replace(
         now,
@@ -394,6 +402,11 @@ def _stage_since(now: StageStats, before: StageStats | None, elapsed: float, ear
         blocked_input=between(now.blocked_input, before.blocked_input),
         blocked_output=between(now.blocked_output, before.blocked_output),
     )
+
+
+def _mean_since(newer: float, older: float, elapsed: float, earlier: float) -> float:
+    """The mean over the time between, from two means since the opening."""
+    return max(0.0, (newer * elapsed - older * earlier) / (elapsed - earlier)) if elapsed > earlier else 0.0
 
 
 def _share(part: float, whole: float) -> float:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 GAP = "  "  # between two columns
+NAME = 10  # columns that a name keeps on a narrow terminal before it is folded
 
 
 def duration(seconds: float) -> str:
@@ -63,25 +64,19 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: in
     return "\n".join(lines)
 
 
-def rich_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, title: str = "", caption: str = ""
-) -> Table:
+def rich_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:
     """The same table for rich; cells are shown as they are, brackets are no markup."""
-    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     _check(header, rows)
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=Text(title, style="bold") if title else None,
-        caption=Text(caption) if caption else None,
-        title_justify="left",
-        caption_justify="left",
-        header_style="bold",
-    )
+    table = Table(box=None, pad_edge=False, header_style="bold underline")
     for column, name in enumerate(header):
-        table.add_column(name, justify="left" if column < left else "right", no_wrap=column >= left)
+        if column < left:
+            longest = max(len(line[column]) for line in (header, *rows))
+            table.add_column(name, overflow="fold", min_width=min(longest, NAME))
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
     return table

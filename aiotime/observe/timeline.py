@@ -1,7 +1,7 @@
 """A trace as a picture (matplotlib) or as text: lanes downwards, time to the right, one colour or digit per frame.
 
-    cpu:0  0123456789
-    cpu:1  .0123456789
+    cpu:0  01234.  83 %
+    cpu:1  .01234  83 %
 
 Both show the same stretch of time: what was asked for, else a steady one of about 40 frames.
 """
@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from math import ceil
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Protocol
 
 from aiotime.errors import ConfigurationError
-from aiotime.observe.tables import duration
+from aiotime.observe.tables import duration, share
 from aiotime.observe.trace import Slice, flows, lanes
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ def render_timeline(
 ) -> str:
     """The trace as text: one row per lane, one column per ``tick`` seconds.
 
-    A digit is the last digit of the frame that had most of the column, ``#`` work for no frame, ``:`` work
-    in less than half of the column, ``.`` none. Below stands the time from the left edge.
+    A digit is the last digit of the frame that had most of the column, ``#`` work for no frame, ``.`` an idle
+    column: one that was idle for more than half of its time, unless it is the main one of a short job. At the
+    end of the row stands how much of the time the lane was busy, below the time from the left edge.
 
     Args:
         trace: a `Trace`, or slices.
@@ -56,33 +58,39 @@ def render_timeline(
         return "(no slices were recorded)"
     start, end = _stretch(slices, last)
     step = tick or (end - start) / width or 1.0
-    columns = max(1, round((end - start) / step)) if tick else width
+    columns = max(1, ceil((end - start) / step - 1e-6)) if tick else width
     shown = [piece for piece in slices if piece.end > start and piece.start < end] or slices
     order = lanes(shown)
     margin = max(map(len, order))
-    rows = [
-        f"{lane.ljust(margin)}  {_row([piece for piece in shown if piece.lane == lane], start, step, columns)}"
-        for lane in order
-    ]
+    rows = []
+    for lane in order:
+        row, busy = _row([piece for piece in shown if piece.lane == lane], start, step, columns)
+        rows.append(f"{lane.ljust(margin)}  {row}  {share(busy):>5}")
     left, right = "0", duration(step * columns)
     ruler = left + " " * max(1, columns - len(left) - len(right)) + right
     return "\n".join([*rows, " " * margin + "  " + ruler])
 
 
-def _row(slices: Sequence[Slice], start: float, step: float, columns: int) -> str:
-    busy, most, sign = [0.0] * columns, [0.0] * columns, ["."] * columns
+def _row(slices: Sequence[Slice], start: float, step: float, columns: int) -> tuple[str, float]:
+    """The characters of a lane, and its busy share."""
+    busy, most, sign, main = [0.0] * columns, [0.0] * columns, ["."] * columns, [False] * columns
     for piece in slices:
         begin, end = (piece.start - start) / step, (piece.end - start) / step
+        largest, home = 0.0, None
         for column in range(max(0, int(begin)), min(columns, int(end) + 1)):
             part = min(end, column + 1) - max(begin, column)
             busy[column] += part
+            if part > largest + 1e-9:  # the first of equals: a rounding error does not decide
+                largest, home = part, column
             if part > most[column] + 1e-9:
                 most[column] = part
                 sign[column] = "#" if piece.frame is None else str(piece.frame % 10)
-    # a rounding error of a neighbour is not work, and half a column less one is half a column
-    return "".join(
-        "." if part < 1e-6 else char if part >= 0.5 - 1e-6 else ":" for part, char in zip(busy, sign, strict=True)
+        if home is not None:
+            main[home] = True
+    row = "".join(
+        char if home or part >= 0.5 - 1e-6 else "." for char, home, part in zip(sign, main, busy, strict=True)
     )
+    return row, min(1.0, sum(busy) / columns)
 
 
 def plot_timeline(

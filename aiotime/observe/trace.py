@@ -100,8 +100,8 @@ class Trace:
         ``await asyncio.to_thread(trace.save, path)``.
         """
         path = Path(path)
-        with path.open("w", encoding="utf-8") as file:
-            json.dump(self.to_dict(), file, separators=(",", ":"))
+        # dumps, for dump encodes in Python, event by event
+        path.write_text(json.dumps(self.to_dict(), separators=(",", ":")), encoding="utf-8")
         return path
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """How many stages, of which layers, on which devices: by measurement, or as asked.
 
-    profile ──▶ partition (exact, for 1, 2, … stages) ──▶ rehearse the promising ones ──▶ the fewest that are as fast
+profile ──▶ partition (exact, for 1, 2, … stages) ──▶ rehearse the promising ones ──▶ the fewest that are as fast
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from aiotime.planning.traced import Traced
 
 MARGIN = 0.05  # more stages must be faster by this share, or fewer are taken
 INLINE = 300e-6  # seconds; a single stage on the host up to this long runs on the loop: a thread hop costs more
+HOP = 20e-6  # seconds to hand a frame from one thread of the host to the next: queue, wake-up, the loop's share
 _REHEARSALS = 3  # numbers of stages that are tried out
 
 
@@ -139,7 +140,9 @@ def _transfer(devices: Sequence[Device]) -> Transfer:
     def seconds(nbytes: int, source: int | None, target: int) -> float:
         if source is None:  # the door: a payload lies in the host's memory
             return 0.0 if devices[target].on_host else resolve("cpu:0").transfer_seconds(nbytes, devices[target])
-        return devices[source].transfer_seconds(nbytes, devices[target])
+        moved = devices[source].transfer_seconds(nbytes, devices[target])
+        both_host = devices[source].on_host and devices[target].on_host and can_rehearse(devices)
+        return moved + HOP if both_host else moved
 
     return seconds
 
@@ -185,9 +188,7 @@ def _rehearsed(
     return replace(candidate, seconds=rehearse(pieces, cast, example, seconds=seconds))
 
 
-def _advice(
-    traced: Traced, devices: Sequence[Device], chosen: _Candidate, refused: Sequence[_Candidate]
-) -> str | None:
+def _advice(traced: Traced, devices: Sequence[Device], chosen: _Candidate, refused: Sequence[_Candidate]) -> str | None:
     if chosen.stages == len(devices):
         return None
     taken = f"{chosen.stages} of {len(devices)} devices {'is' if chosen.stages == 1 else 'are'} used"

@@ -9,14 +9,18 @@ A captured graph refers to tensors and modules by the model's own qualified name
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import io
 import logging
 import operator
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import fx, nn
@@ -117,9 +121,7 @@ class _ModuleTracer(fx.Tracer):
         return home.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(m, _CONTAINERS)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        proxies = [
-            self.create_proxy("placeholder", f"input_{at}", (), {}) for at in range(len(self._payload.inputs))
-        ]
+        proxies = [self.create_proxy("placeholder", f"input_{at}", (), {}) for at in range(len(self._payload.inputs))]
 
         def run(*inputs: Any) -> Any:
             left = iter(inputs)
@@ -275,14 +277,26 @@ def _attributes(graph: fx.Graph, root: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep export's own log of what it could not do off the terminal: the error we raise says it."""
+    """Keep export's log and its print of what it got so far off the terminal: the error we raise says it."""
     names = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with contextlib.redirect_stderr(_Muted(sys.stderr)):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+class _Muted(io.TextIOBase):
+    """The stream of every thread but this one."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._thread = threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._thread else self._stream.write(text)

@@ -96,9 +96,7 @@ def cloned(value: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), value)
 
 
-def _checker(
-    example: Any, fixed: list[tuple[Path, Any]], spec: pytree.TreeSpec, *, flat: bool
-) -> Callable[[Any], Any]:
+def _checker(example: Any, fixed: list[tuple[Path, Any]], spec: pytree.TreeSpec, *, flat: bool) -> Callable[[Any], Any]:
     """A function that returns its payload, or raises `InputError` where its structure or what is fixed differs."""
     size = len(example)
     names = frozenset(example) if isinstance(example, dict) else None

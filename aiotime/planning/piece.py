@@ -79,20 +79,29 @@ class Piece:
     Attributes:
         module: its modules and tensors; ``piece.module.to(device)`` moves the piece.
         layers: the names of its layers.
+        steps: how many operations or modules it calls.
         keys: state_dict key of the model -> key in ``piece.module.state_dict()``.
     """
 
-    __slots__ = ("_run", "keys", "layers", "module")
+    __slots__ = ("_run", "keys", "layers", "module", "steps")
 
     def __init__(
-        self, module: PieceModule, code: Callable[[Any, Any], Any], *, layers: Sequence[str], keys: Mapping[str, str]
+        self,
+        module: PieceModule,
+        code: Callable[[Any, Any], Any],
+        *,
+        layers: Sequence[str],
+        steps: int,
+        keys: Mapping[str, str],
     ) -> None:
         self.module = module
         self.layers = tuple(layers)
+        self.steps = steps
         self.keys = dict(keys)
         self._run = functools.partial(code, module.bind())
 
     def __call__(self, value: Any) -> Any:
+        """Run the layers on what the piece before returned (the first: on the payload)."""
         return self._run(value)
 
     def state(self) -> dict[str, Any]:

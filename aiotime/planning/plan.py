@@ -172,7 +172,7 @@ def plan(
     example: Any,
     devices: Sequence[str | Device] | None = None,
     balance: str | Sequence[int] = "measured",
-    dynamic: tuple[int, ...] | None = None,
+    dynamic: Sequence[int] | None = None,
     memory: int | Mapping[str, int] | None = None,
     seconds: float = 2.0,
 ) -> Plan:
@@ -223,8 +223,8 @@ def make_plan(
         division = divide_measured(traced, example, devices, limits, seconds=seconds)
     elif balance == "even":
         stages = min(len(devices), count)
-        advice = f"The model has {count} layers, so {count} of {len(devices)} devices are used."
-        advice = advice if stages < len(devices) else None
+        fewer = f"The model has {count} layers, so {count} of {len(devices)} devices are used."
+        advice = fewer if stages < len(devices) else None
         division = divide_by_hand(traced, devices, limits, even(count, stages), advice=advice)
     elif isinstance(balance, str):
         raise PlanError(f'balance is "measured", "even" or a list of layers per stage, not {balance!r}')

@@ -6,7 +6,7 @@ class are measured once. The model is not changed: tensors that a frame changes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 
 from aiotime.devices.base import Device
 from aiotime.planning.payload import call, cloned
-from aiotime.planning.rehearsal import on_a_copy
+from aiotime.planning.rehearsal import has_real_calls, on_a_copy
+from aiotime.planning.stopwatch import Stopwatch
 from aiotime.planning.traced import Traced
 from aiotime.planning.untouched import untouched
 
@@ -60,13 +61,20 @@ def _direct(traced: Traced, example: Any, device: Device, seconds: float) -> flo
     if traced.has_state or not device.on_host or any(tensor.device.type != "cpu" for tensor in model.parameters()):
         return _whole(traced, example, device, seconds)  # the model itself must stay where and as it is
     with untouched(model):
-        return device.measure(lambda value: call(model, value), cloned(example), seconds=seconds)[0]
+        return _timed(lambda value: call(model, value), example, device, seconds)
 
 
 def _whole(traced: Traced, example: Any, device: Device, seconds: float) -> float:
     piece = traced.piece(0, len(traced.layers), apart=True)
     device.place(piece.module)
-    return device.measure(piece, cloned(example), seconds=seconds)[0]
+    return _timed(piece, example, device, seconds)
+
+
+def _timed(fn: Callable[[Any], Any], example: Any, device: Device, seconds: float) -> float:
+    """By a stopwatch where it can look at each call, so that it compares with a rehearsal."""
+    watch = Stopwatch(fn)
+    said, _ = device.measure(watch, cloned(example), seconds=seconds)
+    return (watch.seconds() or said) if has_real_calls(device) else said
 
 
 def _layers(traced: Traced, example: Any, device: Device, seconds: float, whole: float) -> tuple[float, ...]:
@@ -80,12 +88,14 @@ def _layers(traced: Traced, example: Any, device: Device, seconds: float, whole:
     for _ in range(passes):
         value = cloned(example)
         for at, piece in enumerate(pieces):
+            watch = Stopwatch(piece)
             if traced.writes_input(at):
                 # measured on a copy that is written again and again; handed on as one call leaves it
                 with torch.inference_mode():
-                    spent, _ = device.measure(piece, cloned(value), seconds=share)
+                    said, _ = device.measure(watch, cloned(value), seconds=share)
                     _, value = device.measure(on_a_copy(piece), value, seconds=0.0)
             else:
-                spent, value = device.measure(piece, value, seconds=share)
-            best[at] = min(best[at], spent)
+                said, value = device.measure(watch, value, seconds=share)
+            spent = watch.fastest() if has_real_calls(device) else None
+            best[at] = min(best[at], said, said if spent is None else spent)
     return tuple(best)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -196,9 +197,9 @@ class _Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _thawed(value: Any) -> Any:
     """A graph holds immutable twins of dict and list; its code makes plain ones."""
-    if isinstance(value, dict):
+    if isinstance(value, immutable_dict):
         return {key: _thawed(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, immutable_list):
         return [_thawed(item) for item in value]
     if type(value) is tuple:
         return tuple(_thawed(item) for item in value)

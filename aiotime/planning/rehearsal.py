@@ -16,11 +16,21 @@ import torch
 from aiotime.devices.base import Device, RealClock
 from aiotime.planning.payload import cloned
 from aiotime.planning.piece import Piece
+from aiotime.planning.stopwatch import Stopwatch, cores
+
+# seconds per operation from which Python's lock is no matter. Below it, time spent waiting for a core is not taken off:
+# threads that did not get to run at once did not wait for each other either, and would look better than they are
+LONG_STEP = 50e-6
 
 
 def can_rehearse(devices: Sequence[Device]) -> bool:
     """Whether the devices live on real time; simulated ones have nothing to contend for."""
     return all(isinstance(device.clock, RealClock) for device in devices)
+
+
+def has_real_calls(device: Device) -> bool:
+    """Whether a call on ``device`` takes as long as its work; a launch on an accelerator returns at once."""
+    return device.on_host and isinstance(device.clock, RealClock)
 
 
 def rehearse(
@@ -31,13 +41,16 @@ def rehearse(
     Places the pieces on the devices. Takes about ``seconds``, longer where a few calls of a stage take longer.
     Blocks: not for use on a running loop.
     """
+    # with fewer cores than threads, waiting for one is what is to be seen
+    enough = sum(getattr(device, "threads", 1) for device in devices) <= cores()
     actors = []
     value = cloned(example)
     for piece, device in zip(pieces, devices, strict=True):
         device.place(piece.module)
-        actors.append(_Actor(piece, device, value, seconds))
         with torch.inference_mode():
-            _, value = device.measure(on_a_copy(piece), value, seconds=0.0)
+            alone, following = device.measure(on_a_copy(piece), value, seconds=0.0)
+        actors.append(_Actor(piece, device, value, seconds, waits=enough and alone >= LONG_STEP * piece.steps))
+        value = following
     curtain = threading.Barrier(len(actors))
     threads = [
         threading.Thread(target=actor.play, args=(curtain, actors), name=f"rehearse:{actor.device.name}")
@@ -50,9 +63,11 @@ def rehearse(
     for actor in actors:
         if actor.error is not None:
             raise actor.error
-    begin = max(actor.starts[0] for actor in actors)
+    begin = max(actor.watch.began for actor in actors)
     end = max(actor.through for actor in actors)
-    return tuple(actor.mean(begin, end) for actor in actors)
+    return tuple(
+        (actor.watch.seconds(begin, end) if has_real_calls(actor.device) else None) or actor.alone for actor in actors
+    )
 
 
 def on_a_copy(piece: Piece) -> Callable[[Any], Any]:
@@ -63,34 +78,20 @@ def on_a_copy(piece: Piece) -> Callable[[Any], Any]:
 class _Actor:
     """One stage in its thread; it plays on until every other has been measured."""
 
-    def __init__(self, piece: Piece, device: Device, value: Any, seconds: float) -> None:
-        self.piece = piece
+    def __init__(self, piece: Piece, device: Device, value: Any, seconds: float, *, waits: bool) -> None:
+        self.watch = Stopwatch(piece, waits=waits)
         self.device = device
         self.value = cloned(value)
         self.seconds = seconds
-        self.starts: list[float] = []
         self.through = 0.0  # when its first measurement was complete, 0.0 before
-        self.alone = 0.0
+        self.alone = 0.0  # what the device says
         self.error: BaseException | None = None
 
     def play(self, curtain: threading.Barrier, cast: Sequence[_Actor]) -> None:
-        starts, piece, clock = self.starts, self.piece, time.perf_counter
-
-        def timed(value: Any) -> Any:
-            starts.append(clock())
-            return piece(value)
-
         curtain.wait()
         try:
             while not self.through or not all(actor.through or actor.error for actor in cast):
-                self.alone, _ = self.device.measure(timed, self.value, seconds=self.seconds)
-                self.through = self.through or clock()
-        except BaseException as error:  # raised again on the caller's thread
+                self.alone, _ = self.device.measure(self.watch, self.value, seconds=self.seconds)
+                self.through = self.through or time.perf_counter()
+        except BaseException as error:  # noqa: BLE001 - raised again on the caller's thread
             self.error = error
-
-    def mean(self, begin: float, end: float) -> float:
-        """Seconds per call while all were playing."""
-        during = [start for start in self.starts if begin <= start <= end]
-        if len(during) < 2:
-            return self.alone
-        return (during[-1] - during[0]) / (len(during) - 1)

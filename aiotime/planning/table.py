@@ -54,7 +54,7 @@ def summary(plan: Plan) -> list[str]:
     """The lines below the table."""
     lines: list[str] = []
     if plan.frames_per_second is None:
-        lines.append("Nothing was measured; balance=\"measured\" predicts frames/s.")
+        lines.append('Nothing was measured; balance="measured" predicts frames/s.')
     else:
         line = f"Predicted: {plan.frames_per_second:,.0f} frames/s"
         if plan.speed_up is not None and plan.sequential_seconds:

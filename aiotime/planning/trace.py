@@ -4,12 +4,15 @@
     traced.layers                    # what a plan divides
     first, second = traced.cut([3, 5])
     second(first(example))           # the model's own output
+
+Here is the choice of a way to capture the model, the check that it is still the model, and the error if not.
 """
 
 from __future__ import annotations
 
 import linecache
 import textwrap
+from collections.abc import Sequence
 from traceback import walk_tb
 from typing import Any
 
@@ -35,7 +38,7 @@ from aiotime.planning.untouched import Snapshot, repeatable, untouched
 __all__ = ["Layer", "Piece", "Traced", "trace"]
 
 
-def trace(model: nn.Module, example: Any, *, dynamic: tuple[int, ...] | None = None) -> Traced:
+def trace(model: nn.Module, example: Any, *, dynamic: Sequence[int] | None = None) -> Traced:
     """Divide ``model`` into layers that can be run apart.
 
     An nn.Sequential is divided between its children; any other module is traced, by torch.fx where that agrees
@@ -60,7 +63,7 @@ def trace(model: nn.Module, example: Any, *, dynamic: tuple[int, ...] | None = N
         )
     Payload(example)  # refuses what cannot be an example
     with untouched(model), torch.inference_mode(mode=False), torch.enable_grad():
-        return _Tracing(model, cloned(example), dynamic).run()
+        return _Tracing(model, cloned(example), None if dynamic is None else tuple(dynamic)).run()
 
 
 class _Tracing:
@@ -86,7 +89,7 @@ class _Tracing:
                 return self._traced(captured, recording)
         except TraceError:
             raise
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever user code or the tracer raised
             pass  # torch.fx follows fewer programs than torch.export, whose error is the one to show
         snapshot.restore()
         try:
@@ -143,9 +146,7 @@ class _Tracing:
         if not recording.steps:
             raise TraceError(f"{type(self.model).__name__} computes nothing, so there is nothing to divide")
         if recording.leaks is not None:
-            name = next(
-                (name for name, tensor in self.model.named_buffers() if tensor is recording.leaks), "a tensor"
-            )
+            name = next((name for name, tensor in self.model.named_buffers() if tensor is recording.leaks), "a tensor")
             raise TraceError(
                 f"{type(self.model).__name__} returns its buffer {name!r}, which the next frame changes; "
                 "return a clone of it"

@@ -95,6 +95,8 @@ class Traced:
         """Layers ``first`` to ``stop - 1`` as a piece.
 
         Args:
+            first: position of its first layer.
+            stop: position after its last layer.
             apart: with copies of the tensors that a frame changes, so that running it does not change the model.
         """
         used: dict[str, Any] = {}  # paths of the tensors and modules in this piece
@@ -108,10 +110,10 @@ class Traced:
             if not assembly.has(path):
                 assembly.add(path, used[path], persistent=path in self._keys)
         adopted = {key: tensor for at in range(first, stop) for key, tensor in self._adopted_tensors(at).items()}
-        for key in adopted:
+        for key, tensor in adopted.items():
             if not assembly.has(key):
-                assembly.add(key, adopted[key])
-        keys = self._slots_of(assembly.module, first, stop)
+                assembly.add(key, tensor)
+        keys = self._slots_of(assembly.module)
         if apart:
             assembly.separate(self._changed)
         places = {f"a{at}": path for at, path in enumerate(sorted(used))}
@@ -120,7 +122,11 @@ class Traced:
         slow = self._written(first, stop, Writer(self._device, str)).compiled(label)
         fast = self._written(first, stop, Writer(self._device, shortcut.__getitem__)).compiled(label)
         return Piece(
-            assembly.finished(slow, places), fast, layers=[layer.name for layer in self.layers[first:stop]], keys=keys
+            assembly.finished(slow, places),
+            fast,
+            layers=[layer.name for layer in self.layers[first:stop]],
+            steps=self._edges[stop] - self._edges[first],
+            keys=keys,
         )
 
     def _written(self, first: int, stop: int, writer: Writer) -> Writer:
@@ -173,8 +179,8 @@ class Traced:
                 items.append(writer.operand(node))
             else:
                 packed = writer.graph.call_function(_packer(spec, node.name), (writer.operand(node),))
-                for leaf in range(spec.num_leaves):
-                    items.append(writer.graph.call_function(operator.getitem, (packed, leaf)))
+                leaves = range(spec.num_leaves)
+                items.extend(writer.graph.call_function(operator.getitem, (packed, leaf)) for leaf in leaves)
         writer.graph.output(tuple(items))
 
     def _tensors_used(self, layer: int) -> dict[int, torch.Tensor]:
@@ -207,7 +213,7 @@ class Traced:
     def _adopted_tensors(self, layer: int) -> dict[str, torch.Tensor]:
         return {key: self._keys[key] for key, home in self._adopted.items() if home == layer}
 
-    def _slots_of(self, module: nn.Module, first: int, stop: int) -> dict[str, str]:
+    def _slots_of(self, module: nn.Module) -> dict[str, str]:
         """The model's state_dict keys whose tensors this piece has -> where it has them."""
         state = module.state_dict(keep_vars=True)
         places: dict[int, str] = {}
@@ -223,9 +229,7 @@ class Traced:
 def _persistent(model: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters and buffers in the model's state_dict; a tied one under each of its keys."""
     keys = model.state_dict(keep_vars=True)
-    found = itertools.chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    )
+    found = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     tensors = dict(found)
     return {key: tensors[key] for key in keys if key in tensors}
 

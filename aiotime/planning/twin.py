@@ -28,10 +28,11 @@ def twin(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     state: dict[str, Any] = vars(copy)
     for name, value in vars(module).items():
         if isinstance(value, MethodType) and value.__self__ is module:
-            value = MethodType(value.__func__, copy)
+            state[name] = MethodType(value.__func__, copy)
         elif type(value) is list and any(isinstance(item, torch.Tensor) for item in value):
-            value = list(value)  # a recurrent layer keeps its weights in a list as well
-        state[name] = value
+            state[name] = list(value)  # a recurrent layer keeps its weights in a list as well
+        else:
+            state[name] = value
     for table in ("_parameters", "_buffers"):
         state[table] = dict(state[table])
     state["_modules"] = {

@@ -1,0 +1,1 @@
+"""One folder per question; ``python -m benchmarks`` lists and runs them."""

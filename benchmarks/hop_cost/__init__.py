@@ -1,0 +1,1 @@
+"""What does it cost to hand a frame from stage to stage?"""

@@ -1,0 +1,1 @@
+"""What does a pipeline cost where cutting does not pay?"""
