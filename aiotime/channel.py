@@ -62,6 +62,7 @@ class Channel(Generic[T]):
         "_closed",
         "_error",
         "_getters",
+        "_left",
         "_occupancy_max",
         "_occupancy_sum",
         "_puts",
@@ -86,6 +87,7 @@ class Channel(Generic[T]):
         self._broken = False
         self._puts = 0
         self._shed = 0
+        self._left = 0  # items that nobody took before the end
         self._occupancy_sum = 0
         self._occupancy_max = 0
         self._blocked_put = 0.0
@@ -170,6 +172,7 @@ class Channel(Generic[T]):
         """The receiver is gone: senders get `BrokenError`; returns the items nobody will take."""
         left = list(self.items)
         self.items.clear()
+        self._left += len(left)
         if not self._closed:
             self._broken = True
         self.close(error)
@@ -179,7 +182,7 @@ class Channel(Generic[T]):
         """A snapshot of the counters."""
         return ChannelStats(
             puts=self._puts,
-            gets=self._puts - len(self.items) - (self._shed if self.overflow != "drop_newest" else 0),
+            gets=self._puts - len(self.items) - self._left - (self._shed if self.overflow != "drop_newest" else 0),
             shed=self._shed,
             occupancy=len(self.items),
             occupancy_mean=self._occupancy_sum / self._puts if self._puts else 0.0,

@@ -40,11 +40,14 @@ def depth_for(seconds: float) -> int:
     return max(SHALLOWEST, min(DEEPEST, int(WORK_AHEAD / seconds)))
 
 
-class Stoppable(Protocol):
-    """A run, as draining sees it."""
+class Guest(Protocol):
+    """A run, as draining and closing see it."""
 
     def stop(self) -> None:
         """Pull nothing more."""
+
+    def refused(self, why: AiotimeError) -> None:
+        """The pipeline has ended."""
 
 
 class Engine:
@@ -87,9 +90,10 @@ class Engine:
         self.latencies = Ring()
         self.entered = 0
         self.counts = {"in": 0, "out": 0, "shed": 0, "failed": 0}
-        self.runs: set[Stoppable] = set()
+        self.runs: set[Guest] = set()
         self._idle: list[asyncio.Future[None]] = []
         self._beating = False
+        self._closed = False
         self._seen: list[int] = []
         self._task: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -168,6 +172,8 @@ class Engine:
         for frame in list(self.frames):
             frame.cancelled = True
             self.settle(frame, self.error)
+        for run in list(self.runs):  # one that has nothing here now would wait for its source
+            run.refused(self.error)
 
     async def close(self) -> None:
         """End every task and thread. Cancelled: goes on in the background. Idempotent."""
@@ -184,6 +190,7 @@ class Engine:
             stream.close()
         for stream in self.streams:
             await stream.join()
+        self._closed = True
         log.info("pipeline.closed", pipeline=self.name, **self.counts)
 
     # ------------------------------------------------------------------ frames
@@ -238,9 +245,7 @@ class Engine:
     async def ready(self, pending: Pending) -> None:
         """Wait until the host may read ``pending`` (its value or its error)."""
         if not pending.done:
-            pending.waiter = waiter = self.loop.create_future()
-            if not pending.done:
-                await waiter
+            await pending.finished()
         if pending.event is not None and pending.error is None:
             from aiotime.devices.poller import Poller
 
@@ -286,12 +291,14 @@ class Engine:
     # ------------------------------------------------------------------ the beat
 
     def _beat(self) -> None:
-        if self.error is not None:
-            self._beating = False
-            return
         now = time.perf_counter()
         for stream in self.streams:
             stream.pulse(now)
+        if self.error is not None:  # jobs that still run keep their time-outs
+            self._beating = not self._closed
+            if self._beating:
+                self.loop.call_later(BEAT, self._beat)
+            return
         times = self._times()
         self._share_threads(times)
         if self.adaptive and any(times):
@@ -322,7 +329,7 @@ class Engine:
             if stream.host is None and host is not None and stream.can_lend_to(host):
                 if 0.0 < seconds < SHORT and 0.0 < host_seconds < SHORT:
                     stream.lend(host)
-            elif stream.host is not None and max(seconds, host_seconds) > 2 * SHORT:
+            elif stream.host is not None and (stream.host is not host or max(seconds, host_seconds) > 2 * SHORT):
                 stream.lend(None)
             if stream.host is None:
                 host, host_seconds = stream, seconds
@@ -357,9 +364,8 @@ class Engine:
     # ------------------------------------------------------------------ observation
 
     def reset_counters(self) -> None:
-        """Forget what warm-up did."""
+        """Forget what the devices did so far; the counts of frames stay."""
         self.latencies = Ring()
-        self.counts.update(dict.fromkeys(self.counts, 0))
         self.opened = self.now()
         for position, stage in enumerate(self.stages):
             for recorder in stage.work.recorders:

@@ -24,6 +24,7 @@ from aiotime.errors import (
     FrameCancelled,
     FrameError,
     FrameShed,
+    InputError,
 )
 from aiotime.frame import Frame, Prediction, Sample
 from aiotime.ingest.inspection import InputSpec, payload_bytes, require_finite
@@ -255,6 +256,8 @@ class Pipeline:
             raise ConfigurationError(
                 f"pipeline {self.name!r} is open on another event loop; use one pipeline per loop or close it there"
             )
+        if engine is not None:
+            self._leases = 0  # its loop is gone, and with it whoever held one
         self._engine = engine = Engine(
             self._specs,
             name=self.name,
@@ -281,6 +284,7 @@ class Pipeline:
             requests.append(request.future)
         await asyncio.wait(requests)
         for future in requests:
+            engine.counts["failed" if future.exception() else "out"] -= 1  # no frames of anybody
             if error := future.exception():
                 engine.end(BrokenError(f"warm-up of pipeline {self.name!r} failed: {error}"))
         engine.reset_counters()
@@ -292,6 +296,8 @@ class Pipeline:
     def lease(self) -> Engine:
         """The open engine, opened if need be; to be given back."""
         engine = self._open()
+        if engine.draining:
+            raise ClosedError(f"pipeline {self.name!r} is draining and takes no new runs")
         self._leases += 1
         return engine
 
@@ -359,7 +365,14 @@ class Pipeline:
             raise engine.error
         if engine.draining:
             raise ClosedError(f"pipeline {self.name!r} is draining and takes no new requests")
-        request = _Request(self, engine, frame)
+        try:
+            request = _Request(self, engine, frame)
+        except InputError as error:
+            engine.counts["in"] += 1
+            engine.counts["failed"] += 1
+            if type(frame) is Sample and frame.ack is not None:
+                engine.loop.call_soon(frame.ack, error)
+            raise
         if deadline is None and type(frame) is Sample:
             deadline = frame.deadline
         timer: asyncio.TimerHandle | None = None
@@ -461,7 +474,13 @@ class Pipeline:
             raise ConfigurationError(
                 f"load_state_dict: {key!r} has shape {tuple(state[key].shape)}, the model's is {tuple(own[key].shape)}"
             )
-        swap = _Swap(self, {key: tensor.detach().clone() for key, tensor in state.items() if key in own})
+        given = {key: value for key, value in state.items() if key in own}
+        if missing and self._model is not None:  # a piece takes all it has or nothing
+            tied = {(v.data_ptr(), v.shape): key for key, v in self._model.state_dict().items() if key in given}
+            for key, value in self._model.state_dict().items():
+                if key in missing:
+                    given[key] = given.get(tied.get((value.data_ptr(), value.shape), ""), own[key])
+        swap = _Swap(self, {key: tensor.detach().clone() for key, tensor in given.items()})
         engine = self._engine
         if engine is None or engine.error is not None:
             for stage in range(len(self._specs)):
@@ -582,9 +601,9 @@ class _Request:
 
     def cancel(self) -> None:
         """Whoever waited was cancelled."""
-        if not self.frame.settled:
+        if self.future.cancelled():  # else it had its answer already, and that was counted
             self.engine.counts["shed"] += 1
-            self._withdraw()
+        self._withdraw()
         self._acknowledge(FrameCancelled("the request was cancelled", key=self.frame.key))
 
     def settled(self, frame: Frame) -> None:

@@ -119,6 +119,7 @@ class RunState:
         self.ended = False  # the source has nothing more
         self.closing = False
         self.error: BaseException | None = None  # raised after the frames before it
+        self._fed = False  # the feeding ends or was told to: a further cancel would hit the source's own cleaning up
         self._last_index = -1
         self._live = 0
         self._requested = False
@@ -173,6 +174,11 @@ class RunState:
                 while hold.items:  # nothing is pulled that the pipeline has not got room for
                     self._admitted = engine.loop.create_future()
                     await self._admitted
+        except asyncio.CancelledError as cause:
+            if not self._fed:  # something that the source awaits was cancelled: not the end of the stream
+                self.error = SourceError(f"the source was cancelled after {self.counts['in']} frames")
+                self.error.__cause__ = cause
+            raise
         except Exception as cause:  # noqa: BLE001 - raised to the consumer, after the frames before it
             if isinstance(cause, ConfigurationError) and iterator is None:
                 self.error = cause
@@ -183,7 +189,7 @@ class RunState:
                 self.error.__cause__ = cause
             log.warning("source.failed", run=self.name, error=repr(cause))
         finally:
-            self.ended = True
+            self._fed = self.ended = True
             self._wake_ready()
             close = getattr(iterator, "aclose", None)
             if close is not None:
@@ -286,7 +292,8 @@ class RunState:
                 continue
             if frame.deadline is not None and engine.now() > frame.deadline:
                 self._expire(frame)
-                continue
+                self.request()  # the next one may be larger than the one whose bytes were asked for
+                return None
             if engine.door.nbytes is not None and frame.tail is not None:
                 frame.nbytes = payload_bytes(frame.tail.value)
             self._live += 1
@@ -297,14 +304,15 @@ class RunState:
         return None
 
     def refused(self, why: AiotimeError) -> None:
-        """The pipeline ended while a frame of ours waited at its door."""
+        """The pipeline ended; frames of ours that were in it know already."""
         self._requested = False
-        if self.error is None:
+        if self.error is None and (self.hold.items or not self.ended):
             self.error = why
-        self.ended = True
+        self.stop()
         while self.hold.items:
-            self._acknowledge(self.hold.get_nowait(), why)
-        self._wake_ready()
+            frame = self.hold.get_nowait()
+            self._count("shed")
+            self._acknowledge(frame, why)
 
     def _expire(self, frame: Frame) -> None:
         frame.settled, frame.tail = True, None
@@ -350,11 +358,8 @@ class RunState:
                 await self._failed(frame)
                 continue
             if self.ended and not window and not self.hold.items:
-                error, self.error = self.error, None
                 await self.close()
-                if error is not None:
-                    raise error
-                raise StopAsyncIteration
+                break
             assert self.engine is not None
             self._ready = self.engine.loop.create_future()
             try:
@@ -396,8 +401,12 @@ class RunState:
             self._check_budget(error)
             if callable(policy):
                 await call_dead_letter(policy, frame, error)
-        except BaseException:
+        except asyncio.CancelledError:
+            raise  # the consumer was cancelled while its callable ran; it may go on iterating
+        except BaseException as fatal:
+            self.error = fatal  # raised by the next call should this one be cancelled now
             await self.close()
+            self.error = None
             raise
 
     def _check_budget(self, error: FrameError) -> None:
@@ -406,7 +415,7 @@ class RunState:
             return
         if isinstance(budget, float):
             seen = failed + self.counts["out"]
-            exceeded = failed > budget * seen and failed * budget >= budget and seen >= 1 / max(budget, 1e-9)
+            exceeded = failed > budget * seen and (seen * budget >= 1 or budget == 0)  # not at the first of many
             allowed = f"a share of {budget:g} ({failed} of {seen} failed)"
         else:
             exceeded, allowed = failed > budget, f"{budget} ({failed} failed)"
@@ -435,10 +444,14 @@ class RunState:
 
     def stop(self) -> None:
         """Pull nothing more; what is in flight is still delivered, then the run ends."""
-        if self._feeder is not None and not self.ended:
-            self._feeder.cancel()
+        self._stop_feeding()
         self.ended = True
         self._wake_ready()
+
+    def _stop_feeding(self) -> None:
+        if self._feeder is not None and not self._fed:
+            self._fed = True
+            self._feeder.cancel()
 
     async def close(self) -> None:
         """End at once: cancel the feeding, pass over queued work, wait for jobs that already run."""
@@ -459,7 +472,7 @@ class RunState:
         engine, feeder = self.engine, self._feeder
         assert engine is not None and feeder is not None
         self._wake_ready()
-        feeder.cancel()
+        self._stop_feeding()
         engine.door.withdraw(self, self)
         for frame in self.window:
             frame.cancelled = True
@@ -469,6 +482,7 @@ class RunState:
             await self._settled
         gone = FrameCancelled(f"{self.name} ended before this frame was delivered")
         for frame in (*self.window, *self.hold.abort()):
+            self._count("shed")
             self._acknowledge(frame, gone)
         self.window.clear()
         engine.runs.discard(self)

@@ -212,7 +212,7 @@ class StageRunner:
             if len(launched) >= self.limit:
                 stream.ring()
                 # half of a long queue is refilled at once, a short one as soon as there is room
-                await self._finished(launched[len(launched) // 2 if len(launched) >= 8 else 0])
+                await launched[len(launched) // 2 if len(launched) >= 8 else 0].finished()
                 continue
             if not items:
                 stream.ring()
@@ -243,12 +243,6 @@ class StageRunner:
                     slice_start = time.perf_counter()
             else:
                 launched.append(pending)
-
-    async def _finished(self, pending: Pending) -> None:
-        if not pending.done:
-            pending.waiter = waiter = asyncio.get_running_loop().create_future()
-            if not pending.done:  # it may have finished before it could see the waiter
-                await waiter
 
 
 def _action(frame: Frame, stage: int) -> Callable[[], None]:

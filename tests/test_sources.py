@@ -528,12 +528,14 @@ async def test_stdin_woken_for_nothing_waits_on(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("aiotime.sources.recording.readable", wakes_for_nothing)
     read, write = os.pipe()
     with os.fdopen(read, "rb") as file:
-        waiting = asyncio.ensure_future(anext(aiter(Stdin(example=torch.zeros(1), file=file))))
+        frames = aiter(Stdin(example=torch.zeros(1), file=file))
+        waiting = asyncio.ensure_future(anext(frames))
         await settle()
         assert not waiting.done()
         os.write(write, b"[7]\n")
         os.close(write)
         assert float((await waiting).input) == 7.0
+        await frames.aclose()
 
 
 @pytest.mark.asyncio

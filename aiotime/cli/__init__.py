@@ -21,6 +21,6 @@ def main() -> None:
         import rich  # noqa: F401
     except ImportError as error:
         sys.exit(f'the command line of aiotime needs {error.name}: pip install "aiotime[cli]"')
-    from aiotime.cli.main import commands
+    from aiotime.cli.commands import commands
 
     commands(prog_name="aiotime")

@@ -187,6 +187,8 @@ class Show:
                 versus = await compare(self.pipeline, self.alone, frames, rounds=rounds, after=after)
         self.say(f"throughput, medians of {rounds} rounds of {len(frames)} frames in turn:")
         self.console.print(versus)
+        if versus.busy_elsewhere:
+            self.say("  two threads were no faster than one: this machine's cores seem to be busy with something else")
 
     def say(self, line: str) -> None:
         """Print a line, however long."""

@@ -13,13 +13,12 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, aclosing, closing, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from aiotime.cli.interrupt import Interrupt, stop_on_signals
-from aiotime.errors import AiotimeError
+from aiotime.errors import AiotimeError, ConfigurationError
 from aiotime.observe.progress import Progress
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ class Outcome:
         stats: what the pipeline counted.
         error: what ended it before its time; predictions until then are written.
         reader_left: whoever read the predictions closed the pipe.
-        written: traces and timelines.
+        notes: what became of trace and timeline.
     """
 
     interrupt: Interrupt
@@ -49,7 +48,7 @@ class Outcome:
     stats: Stats
     error: BaseException | None = None
     reader_left: bool = False
-    written: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ class Job:
         """Run until the source ends, somebody interrupts or something fails; what was finished by then is written.
 
         Raises:
-            ConfigurationError: an option does not fit, or the timeline cannot be drawn.
+            ConfigurationError: an option does not fit.
         """
         pipeline, options = self._pipeline, self._options
         with ExitStack() as stack:
@@ -156,13 +155,21 @@ class Job:
             click.echo("aborted", err=True)
 
     def _save(self, trace: Trace, outcome: Outcome) -> None:
-        if self._options.trace_file:
-            outcome.written.append(trace.save(self._options.trace_file))
-        if self._options.timeline:
-            from aiotime.observe.timeline import plot_timeline
+        from aiotime.observe.timeline import plot_timeline
 
-            plot_timeline(trace, self._options.timeline, title=self._source.name)
-            outcome.written.append(Path(self._options.timeline))
+        def draw(path: str) -> None:
+            plot_timeline(trace, path, title=self._source.name)
+
+        for path, save in ((self._options.trace_file, trace.save), (self._options.timeline, draw)):
+            if path is None:
+                continue
+            try:
+                save(path)
+            except (ConfigurationError, OSError) as error:  # the predictions are written: say so, and go on
+                outcome.notes.append(f"could not write {path}: {error}")
+                outcome.error = outcome.error or error
+            else:
+                outcome.notes.append(f"wrote {path}")
 
 
 def limited(source: Any, limit: int | None) -> Any:

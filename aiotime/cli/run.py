@@ -186,7 +186,7 @@ def report(console: Console, outcome: Outcome, *, out: str | None, written: int)
         lines.append("predictions were not kept; give --out predictions.jsonl")
     elif out != "-":
         lines.append(f"wrote {out} ({count(written)} lines)")
-    lines += [f"wrote {path}" for path in outcome.written]
+    lines += outcome.notes
     console.print(stage_table(stats))
     for line in lines:
         console.print(line, soft_wrap=True)

@@ -41,6 +41,11 @@ class Versus:
         """The pipeline's rate over that of another way, round by round."""
         return sorted(ours / theirs for ours, theirs in zip(self.rates[-1], self.rates[way], strict=True))
 
+    @property
+    def busy_elsewhere(self) -> bool:
+        """True where the model gains nothing from a second thread, as on a machine that has no second core free."""
+        return self.median(1) < 1.1 * self.median(0)
+
     def __rich__(self) -> Table:
         rows = []
         for way, name in enumerate(self.ways):

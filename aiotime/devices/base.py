@@ -57,7 +57,14 @@ class Pending:
         self.done = done
         self.frame = frame  # set on a frame's last launch: its completion settles the frame
         self.bell: Bell | None = None  # a downstream device stream
-        self.waiter: asyncio.Future[None] | None = None  # a task on the loop
+        self.waiter: asyncio.Future[None] | None = None  # tasks on the loop, see `finished`
+
+    async def finished(self) -> None:
+        """Wait until it is done: for the stage tasks of one pipeline, which share the future and are cancelled together."""
+        if self.waiter is None:
+            self.waiter = asyncio.get_running_loop().create_future()
+        if not self.done:  # it may have finished before it could see the waiter
+            await self.waiter
 
 
 def always() -> bool:

@@ -55,7 +55,9 @@ class InlineStream(DeviceStream):
                     self._burst = torch.inference_mode()
                     self._burst.__enter__()
                 mine.value = work.fn(up.value)
-            except Exception as cause:  # an interrupt or exit belongs to the loop
+            except (KeyboardInterrupt, SystemExit):
+                raise  # they belong to the loop
+            except BaseException as cause:  # a CancelledError, too: it would end the stage's task without a word
                 mine.error = stage_failed(work, frame, cause)
                 recorder.failed += 1
             recorder.add(start, self._now(), frame.index)

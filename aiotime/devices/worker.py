@@ -118,10 +118,10 @@ class WorkerStream(DeviceStream):
         if self._closed:
             return self._refuse(mine)
         act, stream = action, self._host or self
-        if self.workers > 1:  # every worker stands at the barrier while the action runs
-            act = _at_barrier(threading.Barrier(self.workers, action=action))
+        if self.workers > 1:
+            act = alone = _Alone(action, others=self.workers - 1)
             for _ in range(self.workers - 1):
-                self._jobs.append((work, Pending(done=True), frame, Pending(), act))
+                self._jobs.append((work, Pending(done=True), frame, Pending(), alone.stand))
         stream._jobs.append((work, up, frame, mine, act))
         if not up.done:
             up.bell = stream
@@ -177,11 +177,11 @@ class WorkerStream(DeviceStream):
                 worker.announce()
             if worker.claim and worker.started:
                 try:
-                    work, _, frame, _, _ = worker.claim[0]
+                    work = worker.claim[0][0]
                 except IndexError:
                     continue
                 if work.timeout is not None and now - worker.started > work.timeout:
-                    self._give_up(position, worker, work, frame)
+                    self._give_up(position, worker, now)
 
     def close(self) -> None:
         if self._closed:
@@ -247,6 +247,8 @@ class WorkerStream(DeviceStream):
                     if error is not None:
                         mine.error = error
                         recorder.passed += 1
+                        if isinstance(action, _Alone):
+                            action.release()
                     elif action is not None:
                         recorder.passed += 1
                         worker.announce()
@@ -262,13 +264,14 @@ class WorkerStream(DeviceStream):
                             else:
                                 self.perform(work, up, mine, worker)
                         except BaseException as cause:
-                            mine.value = None
-                            mine.error = stage_failed(work, frame, cause)
-                            recorder.failed += 1
+                            error = stage_failed(work, frame, cause)
                         end = now()
-                        recorder.add(start, end, frame.index)
                         if work.timeout is not None and not _reclaim(worker):
-                            return  # given up: another worker has taken this one's place
+                            return  # given up and counted: another worker has taken this one's place
+                        if error is not None:
+                            mine.value, mine.error = None, error
+                            recorder.failed += 1
+                        recorder.add(start, end, frame.index)
                         if not bells:
                             worker.since = start
                     up.value = None  # an activation dies as soon as it has been used
@@ -342,10 +345,10 @@ class WorkerStream(DeviceStream):
             self._completions.ring()
         return mine
 
-    def _give_up(self, position: int, worker: Worker, work: Work, frame: Frame) -> None:
+    def _give_up(self, position: int, worker: Worker, now: float) -> None:
         """The running job has taken too long: settle its frame, leave the thread to itself, hire another."""
         try:
-            _, up, frame, mine, _ = worker.claim.pop()
+            work, up, frame, mine, _ = worker.claim.pop()
         except IndexError:
             return  # it finished just now
         worker.retired = True
@@ -357,7 +360,7 @@ class WorkerStream(DeviceStream):
         )
         recorder = work.recorders[worker.number]
         recorder.failed += 1
-        recorder.jobs += 1
+        recorder.add(worker.started, now, frame.index)
         up.value = None
         mine.done = True
         if mine.bell is not None:
@@ -384,11 +387,31 @@ def _reclaim(worker: Worker) -> bool:
     return True
 
 
-def _at_barrier(barrier: threading.Barrier) -> Callable[[], None]:
-    def wait() -> None:
-        barrier.wait()
+class _Alone:
+    """An action during which every other worker of the stream stands still."""
 
-    return wait
+    def __init__(self, action: Callable[[], None], *, others: int) -> None:
+        self._action = action
+        self._others = others
+        self._standing = threading.Semaphore(0)
+        self._over = threading.Event()
+
+    def stand(self) -> None:
+        """The job of each other worker."""
+        self._standing.release()
+        self._over.wait()
+
+    def __call__(self) -> None:
+        for _ in range(self._others):
+            self._standing.acquire()
+        try:
+            self._action()
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let the others go on; also where the action is passed over."""
+        self._over.set()
 
 
 def _until(passed: threading.Event) -> Callable[[], None]:

@@ -10,21 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from aiotime.errors import ConfigurationError
+from aiotime.observe.bottleneck import Limit, busiest, diagnose, find_limit
 from aiotime.observe.meter import Recorder, quantile
 from aiotime.observe.tables import count, duration, rich_table, share, size, text_table
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
-
-SATURATED = 0.8  # busy share from which a stage limits the stream, whatever else is to be seen
-MOSTLY = 0.5  # busy share below which a stage mostly waits, so that it cannot be what limits
-STARVED_OF_CREDITS = 0.25  # share of idling for want of credits from which the budget is what limits
-
-Limit = Literal["stage", "source", "consumer", "budget"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +115,7 @@ class Stats:
         latency_p99: the same, 99 of 100 frames took less.
         stages: in the order of the stream.
         undelivered_mean: finished frames that waited for their consumer, on average over the elapsed time.
+        frames_before: frames that were inside when the counting began: none at the opening, some for `since`.
     """
 
     name: str
@@ -137,6 +133,7 @@ class Stats:
     latency_p99: float
     stages: tuple[StageStats, ...]
     undelivered_mean: float = 0.0
+    frames_before: int = 0
 
     @property
     def frames_per_second(self) -> float:
@@ -145,76 +142,32 @@ class Stats:
 
     @property
     def undelivered(self) -> int:
-        """Frames that came in, are not in flight and have not been told their end: most wait for the consumer."""
-        ended = self.frames_out + self.frames_shed + self.frames_failed
-        return max(0, self.frames_in - ended - self.in_flight)
+        """Frames that came in, are not in flight and have not left: most are finished and wait for the consumer."""
+        return max(0, self._inside - self.in_flight)
+
+    @property
+    def _inside(self) -> int:
+        return self.frames_before + self.frames_in - self.frames_out - self.frames_shed - self.frames_failed
 
     @property
     def limit(self) -> Limit | None:
-        """What limits the stream; None when no stage has done a job.
+        """What limits the stream: "stage", "source", "consumer" or "budget"; None while nothing has run.
 
-        The first that holds:
-
-        1. ``"stage"``: the busiest stage is busy at least 80 % of the time. Stages with one worker on one
-           device share it, so there their shares are added up.
-        2. ``"consumer"``: more finished frames wait to be taken now (at least two) than are in flight, or at
-           least one has waited on average.
-        3. ``"budget"``: a stage idles at least 25 % of the time because all credits are held downstream.
-        4. ``"stage"``: the busiest stage is busy at least half of the time.
-        5. ``"source"``: every stage mostly waits for input.
-
-        The shares are those of the whole time since opening; look at ``stats.since(earlier)`` for what holds now.
+        The rule is in `aiotime.observe.bottleneck`. The shares it rests on are those of the whole time since
+        opening; look at ``stats.since(earlier)`` for what holds now.
         """
-        stage = self._busiest()
-        if stage is None:
-            return None
-        busy = self._busy_with_neighbours(stage)
-        if busy >= SATURATED:
-            return "stage"
-        if self.undelivered > max(1, self.in_flight) or self.undelivered_mean >= 1:
-            return "consumer"
-        if self._short_of_credits() is not None:
-            return "budget"
-        return "stage" if busy >= MOSTLY else "source"
+        return find_limit(self)
 
     @property
     def bottleneck(self) -> str | None:
         """The stage that limits the stream (the busiest per worker); None where something else does. See `limit`."""
-        stage = self._busiest()
+        stage = busiest(self.stages)
         return stage.name if stage is not None and self.limit == "stage" else None
 
     @property
     def diagnosis(self) -> str:
         """What limits the stream, as a sentence with the numbers behind it."""
-        stage, limit = self._busiest(), self.limit
-        if stage is None or limit is None:
-            return "nothing has run yet"
-        busiest = f"the busiest stage, {stage.name!r}, is busy {share(stage.busy)}"
-        if limit == "consumer":
-            waiting = f"{self.undelivered} finished frames wait to be taken now"
-            if self.undelivered_mean:
-                waiting += f", {self.undelivered_mean:.1f} did on average"
-            return f"the consumer limits the stream: {waiting}; {busiest}"
-        if limit == "budget":
-            held = self._short_of_credits()
-            assert held is not None
-            return (
-                f"the budget of {self.budget_frames} frames in flight limits the stream: stage {held.name!r} was idle "
-                f"{share(held.blocked_output)} for want of a credit; {busiest}; allow more frames in flight"
-            )
-        if limit == "source":
-            return f"the source limits the stream: {busiest} and waits for input {share(stage.blocked_input)}"
-        together = [other.name for other in self.stages if _share_a_worker(stage, other)]
-        if len(together) > 1:
-            names = ", ".join(map(repr, together))
-            return (
-                f"device {stage.device!r} limits the stream: its stages {names} are busy "
-                f"{share(self._busy_with_neighbours(stage))} together, {stage.name!r} the most ({share(stage.busy)})"
-            )
-        return (
-            f"stage {stage.name!r} limits the stream: busy {share(stage.busy)}, "
-            f"waiting for input {share(stage.blocked_input)}, {duration(stage.service_p50)} per frame"
-        )
+        return diagnose(self)
 
     def since(self, earlier: Stats) -> Stats:
         """What happened between ``earlier`` and this snapshot, as a dashboard shows it.
@@ -248,6 +201,7 @@ class Stats:
             undelivered_mean=_mean_since(
                 self.undelivered_mean, earlier.undelivered_mean, self.elapsed, earlier.elapsed
             ),
+            frames_before=earlier._inside,
             stages=tuple(
                 _stage_since(stage, before.get(stage.name), self.elapsed, earlier.elapsed) for stage in self.stages
             ),
@@ -273,18 +227,6 @@ class Stats:
 
         heading = Text("\n".join(self._heading()) + "\n")
         return Group(heading, rich_table(STAGE_COLUMNS, self._rows(), left=2), Text("\n" + self.diagnosis, "bold"))
-
-    def _busiest(self) -> StageStats | None:
-        """The stage under most pressure: of the busiest worker (or set of them) the busiest stage."""
-        ran = [stage for stage in self.stages if stage.frames]
-        return max(ran, key=lambda stage: (self._busy_with_neighbours(stage), stage.busy), default=None)
-
-    def _busy_with_neighbours(self, stage: StageStats) -> float:
-        return min(1.0, sum(other.busy for other in self.stages if _share_a_worker(stage, other)))
-
-    def _short_of_credits(self) -> StageStats | None:
-        held = max(self.stages, key=lambda stage: stage.blocked_output, default=None)
-        return held if held is not None and held.blocked_output >= STARVED_OF_CREDITS else None
 
     def _heading(self) -> list[str]:
         flight = count(self.in_flight) if self.budget_frames is None else f"{self.in_flight} of {self.budget_frames}"
@@ -380,11 +322,6 @@ class RunStats:
 
 
 RUN_COLUMNS = ("run", "elapsed", "in", "out", "shed", "failed", "held", "frames/s", "p50", "p99")
-
-
-def _share_a_worker(one: StageStats, other: StageStats) -> bool:
-    """Both run on the same thread (or loop, or device stream): a device's stages of one worker each share it."""
-    return one.name == other.name or (one.device == other.device and one.workers == other.workers == 1)
 
 
 def _stage_since(now: StageStats, before: StageStats | None, elapsed: float, earlier: float) -> StageStats:

@@ -56,9 +56,9 @@ def summary(plan: Plan) -> list[str]:
     if plan.frames_per_second is None:
         lines.append('Nothing was measured; balance="measured" predicts frames/s.')
     else:
-        line = f"Predicted: {plan.frames_per_second:,.0f} frames/s"
+        line = f"Predicted: {rate(plan.frames_per_second)} frames/s"
         if plan.speed_up is not None and plan.sequential_seconds:
-            line += f", {plan.speed_up:.2f} × the model by itself ({1 / plan.sequential_seconds:,.0f} frames/s)"
+            line += f", {plan.speed_up:.2f} × the model by itself ({rate(1 / plan.sequential_seconds)} frames/s)"
         lines.append(line)
     if plan.advice:
         lines.append(plan.advice)
@@ -99,6 +99,11 @@ def milliseconds(seconds: float | None) -> str:
     if seconds is None:
         return NOT_MEASURED
     return f"{seconds * 1e3:.3f}" if seconds < 1.0 else f"{seconds * 1e3:,.0f}"
+
+
+def rate(per_second: float) -> str:
+    """Three digits that matter, or all of a large number."""
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
 def size(nbytes: int) -> str:

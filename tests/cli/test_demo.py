@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import aiotime
 from aiotime.cli import digits as digits_module
-from aiotime.cli.main import commands
+from aiotime.cli.commands import commands
 from aiotime.cli.versus import THREADS, Versus, compare
 
 if TYPE_CHECKING:

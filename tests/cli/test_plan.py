@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from aiotime import Plan
-from aiotime.cli.main import commands
+from aiotime.cli.commands import commands
 
 NET = """
 import torch

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import aiotime
-from aiotime.cli.main import commands
+from aiotime.cli.commands import commands
 
 NET = """
 import os, threading
@@ -172,6 +172,18 @@ def test_trace_and_timeline_are_written(here: Path) -> None:
     assert (here / "time.png").read_bytes().startswith(b"\x89PNG")
     assert "wrote trace.json" in result.stdout
     assert "wrote time.png" in result.stdout
+
+
+def test_a_trace_that_cannot_be_written_does_not_cost_the_summary(here: Path) -> None:
+    """Predictions are kept and summed up; the exit code and the message tell about the trace and the timeline."""
+    write_frames(here / "frames.jsonl", count=2)
+    result = run("net:make", "-s", "frames.jsonl", *TWO, "--trace", "absent/trace.json", "-o", "out.jsonl")
+    assert result.exit_code == 1
+    assert "could not write absent/trace.json" in result.stdout
+    assert len(records(here / "out.jsonl")) == 2
+    result = run("net:make", "-s", "frames.jsonl", *TWO, "--limit", "0", "--timeline", "time.png")
+    assert result.exit_code == 1
+    assert "0 predictions from 0 frames" in result.stdout
 
 
 @pytest.mark.parametrize(

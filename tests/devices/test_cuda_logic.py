@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-import aiotime
 from aiotime.devices import resolve
 from aiotime.devices.accelerator import Accelerator
 from aiotime.devices.backend import HOST, TorchBackend, torch_backend
@@ -31,6 +30,8 @@ from aiotime.errors import (
     StageTimeout,
 )
 from aiotime.frame import Frame
+from aiotime.pipeline import Pipeline
+from aiotime.stage import Stage
 
 Settle = Callable[..., Awaitable[None]]
 
@@ -47,7 +48,7 @@ class Bench:
         self.completions = Completions(self.loop, self.completed)
         self.streams = [device.open(self.completions, workers=workers) for device in devices]
         self.works = []
-        for k, (device, stream) in enumerate(zip(devices, self.streams, strict=True)):
+        for k, stream in enumerate(self.streams):
             following = devices[k + 1] if k + 1 < len(devices) else None
             host_output = following is None or following.on_host
             self.works.append(
@@ -108,10 +109,12 @@ def pretend(count: int = 1, **options: Any) -> tuple[PretendBackend, list[Accele
 
 
 def double(x: Any) -> Any:
+    """Work for a host and for a device."""
     return x * 2 + 1
 
 
 def outcome(future: asyncio.Future[Any]) -> Any:
+    """The error or the result."""
     return future.exception() or future.result()
 
 
@@ -136,7 +139,7 @@ async def test_frames_come_out_in_order_and_right(layout: list[int]) -> None:
 
 @pytest.mark.asyncio
 async def test_host_and_device_stages_alternate() -> None:
-    """cpu -> device -> cpu -> device: each reader waits where its memory is."""
+    """Cpu -> device -> cpu -> device: each reader waits where its memory is."""
     backend, (device,) = pretend()
     cpu = CpuDevice(0)
     bench = Bench(cpu, device, cpu, device, fn=double)
@@ -234,6 +237,7 @@ async def test_a_lost_device_ends_everything_that_needs_it() -> None:
     futures = [bench.launch(torch.ones(n)) for n in (1, 2, 3, 4, 5, 6, 7, 8)]
     await asyncio.wait(futures)
     assert {type(outcome(future)) for future in futures[1:]} == {BrokenError}
+    outcome(futures[0])  # it may have come out before
     await bench.close()
     with pytest.raises(BrokenError, match="restart the process"):
         device.open(bench.completions)
@@ -355,13 +359,13 @@ async def test_an_idle_launcher_lets_go_of_what_is_finished(settle: Settle) -> N
 async def test_a_pipeline_runs_on_it() -> None:
     """Stages on two devices and the host, built from functions, in order and right."""
     backend, (one, two) = pretend(2, choose=random.Random(11).randrange)
-    pipeline = aiotime.Pipeline.from_stages(
+    pipeline = Pipeline.from_stages(
         [
-            aiotime.Stage(lambda x: x + 1, device="cpu:0", name="decode"),
-            aiotime.Stage(double, device=one, name="first"),
-            aiotime.Stage(double, device=one, name="second"),
-            aiotime.Stage(double, device=two, name="third"),
-            aiotime.Stage(lambda x: x.sum().item(), device="cpu:1", name="count"),
+            Stage(lambda x: x + 1, device="cpu:0", name="decode"),
+            Stage(double, device=one, name="first"),
+            Stage(double, device=one, name="second"),
+            Stage(double, device=two, name="third"),
+            Stage(lambda x: x.sum().item(), device="cpu:1", name="count"),
         ]
     )
     outputs = [p.output async for p in pipeline.run(torch.full((2,), float(i)) for i in range(50))]
@@ -377,7 +381,7 @@ async def test_a_pipeline_ends_when_its_device_is_lost() -> None:
     def fn(x: Any) -> Any:
         return x.break_device() if x.like.shape == (3,) else double(x)
 
-    pipeline = aiotime.Pipeline.from_stages([aiotime.Stage(fn, device=device, name="model")])
+    pipeline = Pipeline.from_stages([Stage(fn, device=device, name="model")])
     with pytest.raises(BrokenError, match="pretend:0 failed"):
         async for _ in pipeline.run((torch.ones(i + 1) for i in range(50)), on_error="skip"):
             pass
@@ -398,7 +402,7 @@ def test_no_gpu_is_said_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_gpu_too_many_is_said_with_those_there_are() -> None:
     """The message lists what there is, by name and model."""
     backend, _ = pretend(2)
-    with pytest.raises(ConfigurationError, match=r'no device "pretend:2"; there is "pretend:0" \(Imagined Model 1\), "pre'):
+    with pytest.raises(ConfigurationError, match=r'no device "pretend:2"; there is "pretend:0" .Imagined Model 1., "'):
         AcceleratorDevice("pretend", 2, backend=backend)
 
 

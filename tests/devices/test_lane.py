@@ -33,6 +33,7 @@ def launch(lane: Lane, fn: Callable[[Any], Any], up: Pending, *, host_output: bo
 
 
 def ready(value: Any) -> Pending:
+    """A frame's payload at the door."""
     return Pending(value, done=True)
 
 
@@ -44,10 +45,12 @@ def read(pending: Pending) -> Any:
 
 
 def lane_on(backend: PretendBackend, index: int = 0, **options: Any) -> Lane:
+    """A launcher's lane, driven by the test's thread."""
     return Lane(Accelerator.of(backend, index), **options)
 
 
 def double(x: Any) -> Any:
+    """Work for a host and for a device."""
     return x * 2 + 1
 
 
@@ -66,6 +69,7 @@ class Plan(NamedTuple):
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
+    """Stages on two devices and the host, payload sizes, failures, and an order of events."""
     stages = draw(st.lists(st.sampled_from([0, 0, 1, -1]), min_size=1, max_size=4).filter(lambda s: max(s) >= 0))
     kinds = [draw(st.sampled_from(["chain", "same", "split"])) for _ in stages]
     frames = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3 * SLOTS))
@@ -291,7 +295,7 @@ def test_a_failing_function_costs_its_frame_alone() -> None:
     lane = lane_on(backend)
 
     def fails(x: Any) -> Any:
-        x * 5  # noqa: B018 - queued, and running after the failure
+        x * 5
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
@@ -343,7 +347,7 @@ def test_a_lost_device_is_told_at_the_event_and_by_every_later_launch() -> None:
     mine = launch(lane, lambda x: x.break_device(), ready(torch.ones(2)))
     backend.finish()
     assert mine.event is not None
-    with pytest.raises(BrokenError, match="pretend:0 failed.*restart the process.*illegal memory access"):
+    with pytest.raises(BrokenError, match=r"pretend:0 failed.*restart the process.*illegal memory access"):
         mine.event.query()
     with pytest.raises(BrokenError):
         mine.event.synchronize()

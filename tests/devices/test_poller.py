@@ -60,6 +60,7 @@ def slow() -> Pace:
 
 @pytest.fixture
 def clock() -> Clock:
+    """Time that stands still."""
     return Clock()
 
 
@@ -147,7 +148,9 @@ async def test_long_waits_are_parked_at_once(poller: Poller, settle: Settle) -> 
 
 
 @pytest.mark.asyncio
-async def test_wake_ups_of_the_loop_are_coalesced(poller: Poller, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_wake_ups_of_the_loop_are_coalesced(
+    poller: Poller, settle: Settle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A burst of events that pass while the loop is busy costs one wake-up."""
     pace, told = slow(), list[object]()
     gates = [Gate(pace) for _ in range(20)]
@@ -169,8 +172,7 @@ async def test_wake_ups_of_the_loop_are_coalesced(poller: Poller, monkeypatch: p
     while len(poller._seen) < len(gates):
         pass  # the loop is busy until the last one has been seen
     monkeypatch.undo()
-    while len(told) < len(gates):
-        await asyncio.sleep(0)
+    await settle(until=lambda: len(told) == len(gates))
     assert wake_ups == 1
 
 

@@ -299,7 +299,6 @@ async def test_follow_ends_with_the_body(settle: Any) -> None:
 @pytest.mark.asyncio
 async def test_follow_tells_of_a_failing_snapshot(settle: Any) -> None:
     """A snapshot that raises is not swallowed, but it does not disturb the body."""
-
     asked, done = [], []
 
     def take() -> Stats:

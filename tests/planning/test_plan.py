@@ -127,7 +127,7 @@ def test_memory_limits_are_kept_and_named_where_they_cannot_be() -> None:
     model, devices = ticking(1, 1, 1, 1), [Fake("a"), Fake("b")]
     made = plan(model, example=FRAME, devices=devices, memory={"a": 100})
     assert made.sizes == (1, 3)
-    with pytest.raises(PlanError, match="100 bytes|raise the memory"):
+    with pytest.raises(PlanError, match="raise the memory"):
         plan(model, example=FRAME, devices=devices, memory=150)
     with pytest.raises(PlanError, match="'0' to '1' hold 200 bytes"):
         plan(model, example=FRAME, devices=devices, memory=150, balance="even")
@@ -223,7 +223,7 @@ def test_a_plan_prints_as_an_aligned_table() -> None:
         "─────  ──────  ─────────  ─────  ───────────  ────────────────────  ──────────",
         "0      a       0 … 2 (3)  3,000        0.000                  24 B       300 B",
         "1      b       3 (1)      3,000        0.000                  24 B       100 B",
-        "Predicted: 0.33 frames/s, 2.00 × the model by itself (0.17 frames/s)",
+        "Predicted: 0.333 frames/s, 2.00 × the model by itself (0.167 frames/s)",
     ]
     lines = made.table(layers=True).splitlines()
     assert len(lines) == 2 + 4 + 1
@@ -237,7 +237,7 @@ def test_a_plan_prints_with_rich() -> None:
     out = StringIO()
     rich.Console(file=out, width=160).print(made)
     assert "bytes across the cut" in out.getvalue()
-    assert "0.33 frames/s" in out.getvalue()
+    assert "0.333 frames/s" in out.getvalue()
 
 
 def test_planning_does_not_import_rich() -> None:

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 import aiotime
 from aiotime.cli import main
-from aiotime.cli.main import commands
+from aiotime.cli.commands import commands
 
 
 @pytest.mark.parametrize("arguments", [[], ["run"], ["plan"], ["demo"]])

@@ -1,0 +1,1 @@
+"""How much later does one frame's result come when it passes an idle pipeline instead of a plain call?"""

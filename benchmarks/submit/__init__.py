@@ -1,0 +1,1 @@
+"""A thousand requests at once on one pipeline: does each get its own answer, and what does that cost over a stream?"""
