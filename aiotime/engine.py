@@ -88,6 +88,7 @@ class Engine:
         self.draining = False
         self.opened = clock.now()
         self.latencies = Ring()
+        self.undelivered = 0.0  # frame-seconds that results waited for their consumer
         self.entered = 0
         self.counts = {"in": 0, "out": 0, "shed": 0, "failed": 0}
         self.runs: set[Guest] = set()
@@ -366,6 +367,7 @@ class Engine:
     def reset_counters(self) -> None:
         """Forget what the devices did so far; the counts of frames stay."""
         self.latencies = Ring()
+        self.undelivered = 0.0
         self.opened = self.now()
         for position, stage in enumerate(self.stages):
             for recorder in stage.work.recorders:

@@ -508,7 +508,7 @@ class Pipeline:
                     runner.spec.device.name,
                     runner.work.recorders,
                     elapsed=elapsed,
-                    queue=inbox.occupancy + sum(not pending.done for pending in list(runner.launched)),
+                    queue=inbox.occupancy + max(0, sum(not p.done for p in runner.launched) - runner.spec.workers),
                     queue_mean=inbox.occupancy_mean,
                     queue_max=inbox.occupancy_max,
                 )
@@ -528,6 +528,7 @@ class Pipeline:
             latency_p50=quantile(latencies, 0.5),
             latency_p99=quantile(latencies, 0.99),
             stages=tuple(stages),
+            undelivered_mean=engine.undelivered / elapsed if elapsed else 0.0,
         )
 
     @contextmanager

@@ -306,7 +306,7 @@ class RunState:
     def refused(self, why: AiotimeError) -> None:
         """The pipeline ended; frames of ours that were in it know already."""
         self._requested = False
-        if self.error is None and (self.hold.items or not self.ended):
+        if self.error is None and not self.closing and (self.hold.items or not self.ended):
             self.error = why
         self.stop()
         while self.hold.items:
@@ -373,7 +373,11 @@ class RunState:
 
     def emit(self, frame: Frame) -> Prediction:
         """Hand out the head of the window."""
-        self._count("out")
+        engine = self.engine
+        assert engine is not None
+        engine.counts["out"] += 1
+        engine.undelivered += engine.now() - frame.arrived - frame.latency
+        self.counts["out"] += 1
         self.latencies.add(frame.latency)
         gap = frame.index - self._last_index - 1
         self._last_index = frame.index

@@ -1,12 +1,16 @@
 """The command ``aiotime``: run a model over a stream, plan it, or see it work (extra ``[cli]``).
 
-main.py       the group of commands
-run.py        aiotime run: a source through a pipeline into JSON lines
-plan.py       aiotime plan: measure a model and print how it would be cut
-demo.py       aiotime demo: the whole of it on handwritten digits
-factory.py    module:factory -> a model or a pipeline, and an example frame
-writing.py    predictions -> JSON lines
-interrupt.py  Ctrl-C: first drain, then abort
+    commands.py   the group of commands
+    run.py        aiotime run: a source through a pipeline into JSON lines
+    plan.py       aiotime plan: measure a model and print how it would be cut
+    demo.py       aiotime demo: the whole of it on handwritten digits
+    digits.py     its data, its model and the training; versus.py its comparison
+    job.py        one stream from its source to its file, on the event loop
+    factory.py    module:factory -> a model or a pipeline, and an example frame
+    writing.py    predictions -> JSON lines
+    interrupt.py  Ctrl-C: first drain, then abort
+
+click and rich are imported by the commands alone, so that `main` can say what to install.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from aiotime.cli.factory import parse_devices
@@ -18,8 +19,6 @@ from aiotime.observe.progress import Progress as StreamProgress
 from aiotime.observe.tables import count, duration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor, nn
 
     from aiotime.cli.digits import Digits
@@ -60,7 +59,7 @@ def demo(*, rate: float, frames: int | None, devices: str, rounds: int, seed: in
         digits = load(seed=seed)
         model = fitted(digits, console, seed=seed)
         alone = copy.deepcopy(model)
-        with console.status("measuring the layers …"):
+        with Live("measuring the layers …", console=console, auto_refresh=False, transient=True):
             pipeline = cut(model, digits, parse_devices(devices) or [], console)
         assert isinstance(pipeline, Pipeline)
         console.print(pipeline.plan)
@@ -179,12 +178,13 @@ class Show:
         from aiotime.cli.versus import compare
 
         frames = [self.digits.frame(index) for index in range(min(COMPARED, self.count))]
-        with self.console.status("") as status:
-            done = iter(range(1, rounds + 1))
-            after: Callable[[], None] = lambda: status.update(f"comparing: round {next(done)} of {rounds}")  # noqa: E731
-            status.update("comparing: warming up")
+        with Live("comparing: warming up", console=self.console, auto_refresh=False, transient=True) as live:
+
+            def say(done: int) -> None:
+                live.update(f"comparing: {done} of {rounds} rounds", refresh=True)
+
             async with self.pipeline:
-                versus = await compare(self.pipeline, self.alone, frames, rounds=rounds, after=after)
+                versus = await compare(self.pipeline, self.alone, frames, rounds=rounds, after=say)
         self.say(f"throughput, medians of {rounds} rounds of {len(frames)} frames in turn:")
         self.console.print(versus)
         if versus.busy_elsewhere:

@@ -1,7 +1,9 @@
 """One stream from its source to its file: what ``aiotime run`` does on the event loop.
 
-source ─▶ (limit) ─▶ (pace) ─▶ pipeline.run ─▶ Writer
-                                    └─▶ progress, trace
+    source ─▶ (limit) ─▶ (pace) ─▶ pipeline.run ─▶ Writer
+                                        └─▶ progress, trace
+
+The summary is printed afterwards, by the command, from the `Outcome`.
 """
 
 from __future__ import annotations

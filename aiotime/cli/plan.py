@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.live import Live
 
 from aiotime.cli.factory import make, parse_balance, parse_devices
 from aiotime.errors import ConfigurationError
@@ -42,7 +43,8 @@ def plan(
                 f"{factory} made a Pipeline, which is cut already; name a function that makes the model"
             )
         made.model.eval()  # as a pipeline runs it
-        with Console(stderr=True).status("measuring the model …"):
+        # no spinner: drawing it would take time from what is measured
+        with Live("measuring the model …", console=Console(stderr=True), auto_refresh=False, transient=True):
             planned = aiotime.plan(
                 made.model, example=made.example, devices=parse_devices(devices), balance=parse_balance(balance)
             )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 from rich.console import Console
+from rich.live import Live
 
 from aiotime.cli.factory import Made, make, parse_balance, parse_devices
 from aiotime.cli.job import Job, Options, Outcome
@@ -129,7 +130,7 @@ def run(
         found = sources.find(source, example=made.example, format=format)
         with ExitStack() as stack:
             file = open_output(out, stack)
-            with console.status("measuring the model …"):
+            with Live("measuring the model …", console=console, auto_refresh=False, transient=True):
                 pipeline = build(made, devices=devices, balance=balance, plan_file=plan_file, depth=depth)
             writer = Writer(file, style=style, top=top)
             outcome = aiotime.run(Job(pipeline, found, writer, options).work())

@@ -56,7 +56,7 @@ class Versus:
 
 
 async def compare(
-    pipeline: Pipeline, model: nn.Module, frames: Sequence[Tensor], *, rounds: int, after: Callable[[], None]
+    pipeline: Pipeline, model: nn.Module, frames: Sequence[Tensor], *, rounds: int, after: Callable[[int], None]
 ) -> Versus:
     """Time ``rounds`` rounds of all ways over ``frames``, one way at a time.
 
@@ -65,7 +65,7 @@ async def compare(
         model: a copy of the model of its own.
         frames: what every way computes.
         rounds: medians are taken over these.
-        after: called after each round.
+        after: called after each round with the rounds done.
     """
     rates: list[list[float]] = [[] for _ in range(len(THREADS) + 1)]
     loop = asyncio.get_running_loop()
@@ -73,10 +73,11 @@ async def compare(
         for number in range(-1, rounds):  # round -1 warms up
             took = [await loop.run_in_executor(thread, sequential, model, frames, threads) for threads in THREADS]
             took.append(await streamed(pipeline, frames))
-            if number >= 0:
-                for way, seconds in enumerate(took):
-                    rates[way].append(len(frames) / seconds)
-                after()
+            if number < 0:
+                continue
+            for way, seconds in enumerate(took):
+                rates[way].append(len(frames) / seconds)
+            after(number + 1)
     ways = [f"the model alone, {threads} thread{'s' * (threads > 1)}" for threads in THREADS]
     stages = pipeline.plan.stages if pipeline.plan is not None else ()
     ways.append("pipeline on " + ", ".join(stage.device for stage in stages))

@@ -39,7 +39,7 @@ class VirtualClock:
         self._order = count()
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._quiet = 0
-        self._pumping = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # on which it pumps at present
 
     def now(self) -> float:
         """Virtual seconds since the clock was made."""
@@ -47,15 +47,18 @@ class VirtualClock:
 
     def call_at(self, when: float, action: Callable[[], None]) -> None:
         """Run ``action`` on the loop at virtual time ``when``; actions of one instant run in the order given."""
+        if self._loop is not None and self._loop.is_closed():
+            self._loop = None
+            self._heap.clear()  # what was due on a loop that is gone never happens
         heapq.heappush(self._heap, (max(when, self._now), next(self._order), action))
         self.touch()
 
     def touch(self) -> None:
         """Something happened: let the loop settle before time moves."""
         self._quiet = 0
-        if self._auto and self._heap and not self._pumping:
-            self._pumping = True
-            asyncio.get_running_loop().call_soon(self._pump)
+        if self._auto and self._heap and self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._loop.call_soon(self._pump)
 
     def advance(self, seconds: float) -> None:
         """Move time forward by hand, running what falls due; on the loop."""
@@ -70,8 +73,8 @@ class VirtualClock:
         action()
 
     def _pump(self) -> None:
-        if not self._heap:
-            self._pumping = False
+        if not self._heap or self._loop is None:
+            self._loop = None
             return
         self._quiet += 1
         if self._quiet > QUIET:
@@ -79,7 +82,7 @@ class VirtualClock:
             due = self._heap[0][0]
             while self._heap and self._heap[0][0] == due:
                 self._step()
-        asyncio.get_running_loop().call_soon(self._pump)
+        self._loop.call_soon(self._pump)
 
 
 class SimulatedStream(DeviceStream):

@@ -100,10 +100,10 @@ def test_the_comparison_takes_turns() -> None:
 
     async def main() -> Versus:
         async with pipeline:
-            return await compare(pipeline, model, frames, rounds=3, after=lambda: rounds.append(1))
+            return await compare(pipeline, model, frames, rounds=3, after=rounds.append)
 
     versus = asyncio.run(main())
-    assert len(rounds) == 3
+    assert rounds == [1, 2, 3]
     assert [len(rates) for rates in versus.rates] == [3] * (len(THREADS) + 1)
     assert all(rate > 0 for rates in versus.rates for rate in rates)
 

@@ -109,6 +109,10 @@ def test_loading_makes_the_pieces_another_model_and_leaves_the_model_alone(
     case.model.load_state_dict(new)
     assert_same(through(cut, case.example), expected_of(case))
     torch.testing.assert_close({key: t for piece in cut for key, t in piece.state().items()}, new)
+    loaded = {key: tensor.clone() for key, tensor in new.items()}
+    for tensor in new.values():
+        tensor.zero_()  # whoever handed the state in goes on using it
+    torch.testing.assert_close({key: t for piece in cut for key, t in piece.state().items()}, loaded)
 
 
 def test_the_model_is_left_as_it_was(case: Any) -> None:
@@ -274,7 +278,8 @@ def test_a_buffer_that_frames_change_stays_in_one_layer(kind: type[Counter]) -> 
     traced = trace(model, frames[0])
     assert traced.has_state
     assert torch.equal(model.mean, torch.zeros(3))
-    assert len(traced.layers) > 1
+    assert traced.layers[0].name == "a"
+    assert traced.layers[-1].name == "c"  # what comes after the writer can be cut off
     cut = traced.cut([1] * len(traced.layers))
     values: list[Any] = list(frames)
     with torch.no_grad():
@@ -497,9 +502,35 @@ def test_an_activation_dies_after_its_last_use() -> None:
     assert alive[1:] == direct[1:]
 
 
+class Positions(nn.Module):
+    """Makes tensors of its own, some of them in a block that torch.export keeps as a graph inside the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        places = torch.arange(x.shape[1], device=x.device)
+        with torch.no_grad():
+            inner = torch.arange(x.shape[1], device=x.device) + self.fc(x).argmax()
+        return self.fc(x), places, torch.ones(2, device=x.device), inner
+
+
+def test_constants_of_the_traced_device_follow_the_piece() -> None:
+    """A moved piece makes its tensors where it is now (tried on the device without memory), and comes back."""
+    model, x = Positions(), torch.randn(2, 3)
+    [piece] = (traced := trace(model, x)).cut([len(trace(model, x).layers)])
+    assert traced.how == "export"
+    piece.module.to("meta")
+    assert [leaf.device.type for leaf in piece(x.to("meta"))] == ["meta"] * 4
+    assert [leaf.device.type for leaf in piece.module(x.to("meta"))] == ["meta"] * 4
+    [other] = traced.cut([len(traced.layers)])
+    assert [leaf.device.type for leaf in other(x)] == ["cpu"] * 4
+
+
 @pytest.mark.parametrize("name", ["gpt", "encoder-decoder", "precise", "recurrent"])
-def test_constants_of_the_traced_device_follow_the_piece(make: Callable[[str], Any], name: str) -> None:
-    """A moved piece makes its positions and masks where it is now (tried on the device without memory)."""
+def test_a_moved_piece_leaves_the_model_where_it_is(make: Callable[[str], Any], name: str) -> None:
+    """The piece is moved, with everything in it; the model, whose tensors it shared, is not."""
     case = make(name)
     traced = trace(case.model, case.example)
     value = pytree.tree_map(lambda leaf: leaf.to("meta"), case.example)
