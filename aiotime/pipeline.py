@@ -492,6 +492,11 @@ class Pipeline:
 
     # ------------------------------------------------------------------ observation
 
+    @property
+    def example(self) -> Any:
+        """The example frame it was built with; None with `from_stages`."""
+        return self._example
+
     def stats(self) -> Stats:
         """A frozen snapshot of what the pipeline does now; prints as a table."""
         engine = self._engine

@@ -96,7 +96,7 @@ class AcceleratorStream(WorkerStream):
 
     def _park(self, worker: Worker) -> bool:
         lane: Lane | None = getattr(self._own, "lane", None)
-        if lane is not None and not self._accelerator.broken:
+        if lane is not None:
             lane.retire()
         return super()._park(worker)
 

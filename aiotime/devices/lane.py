@@ -93,10 +93,13 @@ class Lane:
                 raise
 
     def retire(self) -> None:
-        """Let go of what finished launches held."""
+        """Let go of what finished launches held. A device that is found lost is told by the next `run`."""
         flights = self._flights
-        while flights and flights[0].query():
-            flights.popleft()
+        try:
+            while flights and flights[0].query():
+                flights.popleft()
+        except BrokenError:
+            flights.clear()
 
     def close(self) -> None:
         """Wait for the device, then give streams, events and memory back."""
@@ -211,6 +214,8 @@ class Lane:
 
     def _make_room(self) -> None:
         self.retire()
+        if self.accelerator.broken:
+            raise self.accelerator.fault()
         while len(self._flights) >= self._ahead:
             self._flights[0].synchronize()
             self._flights.popleft()

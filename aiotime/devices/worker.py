@@ -198,8 +198,8 @@ class WorkerStream(DeviceStream):
     async def join(self) -> None:
         await asyncio.shield(self._all_gone)
         for worker in self._crew:
-            if worker.thread is not None:
-                worker.thread.join()  # it has said good-bye: this waits for its last few instructions
+            while worker.thread is not None and worker.thread.is_alive():
+                await asyncio.sleep(0)  # it has said good-bye: its last few instructions; join() would block the loop
         patience = time.monotonic() + GRACE
         while any(w.thread is not None and w.thread.is_alive() for w in self._given_up):
             if time.monotonic() > patience:

@@ -164,8 +164,8 @@ class ThreadPuller:
             return
         self._wanted.release()
         await asyncio.wait([self._gone], timeout=PATIENCE)
-        if self._gone.done():
-            self._thread.join()
+        while self._gone.done() and self._thread.is_alive():
+            await asyncio.sleep(0)  # its last few instructions; join() would block the loop
 
     def _pull(self) -> None:
         iterator: Iterator[Any] | None = None

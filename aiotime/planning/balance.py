@@ -19,7 +19,7 @@ from aiotime.planning.rehearsal import can_rehearse, rehearse
 from aiotime.planning.traced import Traced
 
 MARGIN = 0.05  # more stages must be faster by this share, or fewer are taken
-INLINE = 300e-6  # seconds; a single stage on the host up to this long runs on the loop: a thread hop costs more
+INLINE = 500e-6  # seconds; a single stage on the host up to this long runs on the loop: a thread hop costs more
 HOP = 20e-6  # seconds to hand a frame from one thread of the host to the next: queue, wake-up, the loop's share
 _REHEARSALS = 3  # numbers of stages that are tried out
 
