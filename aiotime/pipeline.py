@@ -661,8 +661,8 @@ class _Swap:
         if module is not None:
             prefix = f"{name}."
             mine = {k.removeprefix(prefix): v for k, v in self._state.items() if k.startswith(prefix)}
-            own = module.state_dict()
-            mine = {k: v.to(device=own[k].device, dtype=own[k].dtype) for k, v in mine.items()}
+            own = module.state_dict()  # another stage's name may begin like ours: "relu" and "relu.2"
+            mine = {k: v.to(device=own[k].device, dtype=own[k].dtype) for k, v in mine.items() if k in own}
             module.load_state_dict(mine, strict=False, assign=True)
 
     def settled(self, frame: Frame) -> None:

@@ -131,11 +131,16 @@ class StageSpec:
 
 def unique_names(names: Sequence[str]) -> list[str]:
     """The same names, later ones numbered where they repeat: relu, relu.2, relu.3."""
-    seen: dict[str, int] = {}
-    result = []
+    taken, result = set(names), []
+    numbers: dict[str, int] = {}
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        result.append(name if seen[name] == 1 else f"{name}.{seen[name]}")
+        number = numbers[name] = numbers.get(name, 0) + 1
+        unique = name
+        while number > 1 and unique in taken:
+            unique = f"{name}.{number}"
+            number += 1
+        taken.add(unique)
+        result.append(unique)
     return result
 
 

@@ -126,6 +126,8 @@ class TorchBackend:
         self.kind = kind
         self.accelerators: dict[int, Accelerator] = {}
         self._module: Any = torch.get_device_module(kind)
+        if kind == "cpu" or not hasattr(self._module, "Stream"):
+            raise AttributeError(f"torch.{kind} has no streams")
 
     def count(self) -> int:
         return int(self._module.device_count()) if self._module.is_available() else 0
@@ -202,7 +204,10 @@ class TorchBackend:
         if leaf.layout is not torch.strided or leaf.is_quantized:
             return self.fetch(leaf)
         host = torch.empty_like(leaf, device="cpu", pin_memory=True, requires_grad=False)
-        return host.copy_(leaf.detach(), non_blocking=True)
+        leaf = leaf.detach()
+        if host.stride() != leaf.stride():  # a view with gaps: copied as it is, PyTorch would wait for it
+            leaf = leaf.clone()
+        return host.copy_(leaf, non_blocking=True)
 
     def fetch(self, leaf: Any) -> Any:
         return leaf.detach().cpu()

@@ -144,6 +144,11 @@ class PretendArray:
             return self.apply(torch.mul, other)
         return self.apply(lambda x: x * other)
 
+    @property
+    def there(self) -> bool:
+        """Has the device written it?"""
+        return self._block.written == self._owner
+
     def break_device(self) -> PretendArray:
         """Queue an operation that the device does not survive."""
         backend = self._backend

@@ -39,7 +39,7 @@ class Problem:
     """What a division is judged by.
 
     Args:
-        seconds: ``seconds[device][layer]``.
+        seconds: ``seconds[device][layer]``, none negative: more layers never make a stage faster.
         cut_bytes: bytes that enter layer ``i``; ``cut_bytes[0]`` is the payload.
         parameter_bytes: per layer.
         memory: bytes of parameters each device may hold, None for no limit.

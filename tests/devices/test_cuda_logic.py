@@ -276,11 +276,17 @@ async def test_what_an_action_leaves_on_the_device_is_done_before_the_next_frame
     backend, (device,) = pretend(choose=lambda n: n - 1)
     weights: list[Any] = [backend.send(torch.ones(1), 0)]
     backend.finish()
+    default, seen = backend.current(0), []
 
     def swap() -> None:
+        assert backend.current(0) is not default
         weights[0] = backend.send(torch.full((1,), 5.0), 0) + 1
 
-    bench = Bench(device, fn=lambda x: x * weights[0], workers=2)
+    def fn(x: Any) -> Any:
+        seen.append(weights[0].there)
+        return x * weights[0]
+
+    bench = Bench(device, fn=fn, workers=2)
     before = [bench.launch(torch.ones(1)) for _ in range(4)]
     done = bench.exclusive(swap)
     after = [bench.launch(torch.ones(1)) for _ in range(4)]
@@ -288,6 +294,7 @@ async def test_what_an_action_leaves_on_the_device_is_done_before_the_next_frame
     await done
     await bench.close()
     assert [a.item() for a in answers] == [1.0] * 4 + [6.0] * 4
+    assert seen == [True] * 8
     assert backend.violations == []
 
 
@@ -317,7 +324,7 @@ async def test_a_launch_that_hangs_is_given_up(settle: Settle) -> None:
 @pytest.mark.asyncio
 async def test_closing_finishes_what_was_queued() -> None:
     """What was launched before close() comes out, what is launched after it is refused, and every thread ends."""
-    _, (device,) = pretend()
+    backend, (device,) = pretend()
     bench = Bench(device, fn=double)
     futures = [bench.launch(torch.ones(1)) for _ in range(10)]
     threads = [w.thread for w in bench.streams[0]._crew]
@@ -329,6 +336,10 @@ async def test_closing_finishes_what_was_queued() -> None:
         await refused
     assert not any(thread is not None and thread.is_alive() for thread in threads)
     assert Poller.of(asyncio.get_running_loop()).waiting == 0
+    streams, again = len(backend.streams), Bench(device, fn=double)
+    assert (await again.launch(torch.ones(1))).tolist() == [3]
+    await again.close()
+    assert len(backend.streams) == streams  # it found the streams of the one before
 
 
 @pytest.mark.asyncio
@@ -410,8 +421,9 @@ def test_a_gpu_too_many_is_said_with_those_there_are() -> None:
 
 def test_a_kind_that_pytorch_does_not_know_is_refused() -> None:
     """It is PyTorch that knows the kinds."""
-    with pytest.raises(ConfigurationError, match="no accelerator called 'abacus'"):
-        AcceleratorDevice("abacus")
+    for kind in ("abacus", "cpu", "mps"):
+        with pytest.raises(ConfigurationError, match=f"no accelerator called '{kind}'"):
+            AcceleratorDevice(kind)
 
 
 def test_a_device_describes_itself() -> None:

@@ -344,6 +344,28 @@ def test_a_stopwatch_divides_time_by_calls(monkeypatch: pytest.MonkeyPatch) -> N
     assert watch.fastest() == pytest.approx(1.0)
 
 
+def test_a_wait_between_two_clocks_makes_no_call_faster_than_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept from running after the time was read and before the wait was, a thread looks at both again."""
+    now = [0.0]
+    late = [0.0]
+    looks = [0]
+
+    def waited(thread: int) -> float:
+        looks[0] += 1
+        if looks[0] % 3 == 0:  # sooner or later between any two looks
+            now[0] += 0.75
+            late[0] += 0.75
+        return late[0]
+
+    monkeypatch.setattr("aiotime.planning.stopwatch.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("aiotime.planning.stopwatch.waited", waited)
+    watch = Stopwatch(lambda value: value)
+    for _ in range(12):
+        watch(1)
+        now[0] += 1.0
+    assert watch.fastest() == pytest.approx(1.0)
+
+
 def test_a_plan_is_a_value() -> None:
     """Frozen, and equal to another of the same content."""
     made = plan(ticking(1, 2), example=FRAME, devices=[Fake("a")])
