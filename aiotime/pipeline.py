@@ -320,7 +320,7 @@ class Pipeline:
         overflow: Overflow = "wait",
         on_error: OnError = "raise",
         deadline: float | None = None,
-        failure_budget: float | None = None,
+        failure_budget: int | float | None = None,
         window: int | None = None,
     ) -> Run:
         """Send a stream through; several runs at once share the stages, each with its own order.

@@ -72,7 +72,7 @@ class RunOptions:
         overflow: Overflow,
         on_error: OnError,
         deadline: float | None,
-        failure_budget: float | None,
+        failure_budget: int | float | None,
         window: int | None,
     ) -> None:
         check_overflow(overflow)

@@ -5,9 +5,9 @@
     GET  /health      200, or 503 while it drains
     GET  /stats       what the pipeline does
 
-An error of aiotime becomes a status (`STATUS`). SIGTERM drains: /health turns to 503 while the socket still listens, what
-was accepted is answered, then the server stops and prints how many frames it answered. Needs fastapi, uvicorn and
-websockets.
+An error of aiotime becomes a status (`STATUS`). SIGTERM drains: /health turns to 503 while the socket still listens,
+what was accepted is answered, then the server stops and prints how many frames it answered. Needs fastapi, uvicorn
+and websockets.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -57,11 +56,12 @@ def build() -> aiotime.Pipeline:
 
 def read(body: bytes | str, *, raw: bool) -> aiotime.Sample:
     """A body as a sample. What is no tensor goes on as it is: the pipeline's door says what it expected."""
-    frame, key = body, None
+    frame: Any = body
+    key = None
     try:
         if raw and isinstance(body, bytes):
-            frame = torch.frombuffer(bytearray(body), dtype=EXAMPLE.dtype)
-            frame = frame.reshape(EXAMPLE.shape) if frame.numel() == EXAMPLE.numel() else frame
+            numbers = torch.frombuffer(bytearray(body), dtype=EXAMPLE.dtype)
+            frame = numbers.reshape(EXAMPLE.shape) if numbers.numel() == EXAMPLE.numel() else numbers
         else:
             given = json.loads(body)
             frame, key = given["frame"], given.get("key")
@@ -159,7 +159,7 @@ def create_app(pipeline: aiotime.Pipeline) -> FastAPI:
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn stops listening at the first signal; this one drains first. A second signal ends it as usual."""
+    """uvicorn stops listening at the first signal; this one drains first. Further signals mean what they mean to it."""
 
     def __init__(self, app: FastAPI) -> None:
         super().__init__(uvicorn.Config(app, log_level="warning"))
@@ -172,7 +172,6 @@ class DrainingServer(uvicorn.Server):
         if self._app.state.draining:
             super().handle_exit(sig, frame)
         else:
-            self._app.state.draining = True
             self._loop.call_soon_threadsafe(self._begin)
 
     def _begin(self) -> None:

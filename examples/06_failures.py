@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import aiotime
-from aiotime.errors import FailureBudgetExceeded, StageError
+from aiotime.errors import FailureBudgetExceeded, FrameError, StageError
 
 TEXTS = ["no number" if number % 3 == 2 else str(number) for number in range(30)]  # 20 good, 10 bad
 attempts: dict[float, int] = {}
@@ -24,7 +24,7 @@ def load(number: float) -> float:
     return number
 
 
-def bury(frame: Any, error: StageError) -> None:
+def bury(frame: Any, error: FrameError) -> None:
     """A dead letter: the frame with its input, and the error with its stage and cause."""
     letters.append((frame.index, frame.input, f"{error.stage}: {error.__cause__}"))
 

@@ -15,11 +15,11 @@ import aiotime
 
 
 def multiply_twice() -> torch.nn.Sequential:
-    """x -> x · 1 · 1, (64,) -> (64,)."""
-    model = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 64, bias=False))
-    for layer in model:
+    """The model, (64,) -> (64,)."""
+    layers = [torch.nn.Linear(64, 64, bias=False) for _ in range(2)]
+    for layer in layers:
         torch.nn.init.eye_(layer.weight)
-    return model
+    return torch.nn.Sequential(*layers)
 
 
 async def main() -> dict[float, int]:

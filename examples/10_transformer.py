@@ -33,7 +33,8 @@ class Block(nn.Module):
         q, k, v = (part.view(split).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         weights = (q @ k.transpose(-2, -1) * (WIDTH // HEADS) ** -0.5 + self.mask).softmax(-1)  # (1, heads, time, time)
         x = x + self.out((weights @ v).transpose(1, 2).reshape(1, LENGTH, WIDTH))
-        return x + self.feed(self.norm2(x))
+        fed: Tensor = self.feed(self.norm2(x))
+        return x + fed
 
 
 class Gpt(nn.Module):
@@ -52,7 +53,8 @@ class Gpt(nn.Module):
         x = self.tokens(tokens) + self.places.weight
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
 
 async def main() -> int:

@@ -87,7 +87,8 @@ def test_overflow_and_deadlines_shed_what_they_must(capsys: pytest.CaptureFixtur
     """05: a device that does 10 frames a second answers about 100 of 10 seconds, and 6 requests of 0.1 s in 0.55 s."""
     latest, in_time = run("05_overflow_and_deadlines")
     assert in_time == 6
-    found = re.findall(r"^(.+?) +answered +(\d+), shed +(\d+), oldest answer ([\d.]+) s$", capsys.readouterr().out, re.M)
+    line = re.compile(r"^(.+?) +answered +(\d+), shed +(\d+), oldest answer ([\d.]+) s$", re.MULTILINE)
+    found = line.findall(capsys.readouterr().out)
     table = {name: (int(answered), int(shed), float(oldest)) for name, answered, shed, oldest in found}
     assert all(answered + shed == 300 for answered, shed, _ in table.values())
     assert table["overflow='wait'"][:2] == (300, 0)
@@ -119,7 +120,7 @@ def test_timeline_shows_the_slowest_stage(tmp_path: Path, capsys: pytest.Capture
     """08: the slowest stage is busy 60 of 62 ms, and text, trace and picture show it."""
     busy = run("08_timeline", tmp_path)
     assert busy == pytest.approx(60 / 62)
-    lanes = dict(re.findall(r"^(sim:\d)  (\S+) ", capsys.readouterr().out, re.M))
+    lanes = dict(re.findall(r"^(sim:\d)  (\S+) ", capsys.readouterr().out, re.MULTILINE))
     assert lanes["sim:1"] == "." + "".join(str(frame % 10) * 2 for frame in range(30)) + "."
     assert len({len(lane) for lane in lanes.values()}) == 1
     assert json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]

@@ -1,7 +1,7 @@
 """The example service under a real uvicorn in a process of its own, asked by real clients over loopback.
 
-    server    examples/03_service.py as it is, one process for all tests that leave it running
-    gated     the same service around a stage that waits for a line on stdin: "\\n" lets a frame through, "fail\\n" fails it
+server    examples/03_service.py as it is, one process for all tests that leave it running
+gated     the same service around a stage that waits, frame by frame, for a line on stdin that says what to do
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ DEPTH = 2  # of the gated pipeline: its budget, as it has one stage
 RAW = {"content-type": "application/octet-stream"}
 
 GATED = f"""
-import importlib, sys
+import importlib, sys, torch
 import aiotime
 
 sys.path.insert(0, sys.argv[1])
 service = importlib.import_module("03_service")
 
 def gate(frame):
-    if sys.stdin.readline() == "fail\\n":
+    order = sys.stdin.readline().strip()
+    if order == "fail":
         raise RuntimeError("told to fail")
-    return frame[..., :1]
+    return torch.zeros(1_000_000) if order == "much" else frame[..., :1]
 
 pipeline = aiotime.Pipeline.from_stages([aiotime.Stage(gate, device="cpu:0")], depth={DEPTH})
 aiotime.run(service.serve(pipeline))
@@ -62,7 +63,7 @@ class Server:
         assert self.url.startswith("http://127.0.0.1:"), f"it ended with {process.wait()}"
 
     def let_through(self, frames: int = 1, *, order: str = "") -> None:
-        """Open the gate for some frames, or have them fail."""
+        """Open the gate for some frames; ``order``: they "fail", or become "much"."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{order}\n" * frames)
         self.process.stdin.flush()
@@ -124,7 +125,8 @@ async def client() -> AsyncIterator[httpx.AsyncClient]:
 @asynccontextmanager
 async def stream(server: Server) -> AsyncIterator[ClientConnection]:
     """A WebSocket to /stream."""
-    async with connect(server.url.replace("http", "ws") + "/stream", compression=None, proxy=None) as socket:
+    url = server.url.replace("http", "ws") + "/stream"
+    async with connect(url, compression=None, proxy=None, max_size=None) as socket:
         yield socket
 
 
@@ -202,7 +204,7 @@ async def test_a_wrong_request_is_told_what_is_expected(
 
 
 async def test_a_stream_of_300_frames_is_answered_in_order(server: Server, client: httpx.AsyncClient) -> None:
-    """Every frame has its answer in its place, with its key; a bad one is answered too; then the server says goodbye."""
+    """Every frame has its answer in its place, with its key, a bad one too; then the server says goodbye."""
     frames = torch.rand(300, 1, 1, 8, 8)
 
     async def send(socket: ClientConnection) -> None:
@@ -315,18 +317,38 @@ async def test_draining_answers_what_was_accepted_and_refuses_the_rest(
 
 
 async def test_draining_lets_a_stream_finish(gated: Server, client: httpx.AsyncClient) -> None:
-    """SIGTERM with frames of a stream in flight: their predictions still come, then the server goes away (1001)."""
+    """SIGTERM with frames of a stream in flight: a slow reader still gets their predictions, then the server goes (1001)."""
     async with stream(gated) as socket:
         for number in range(DEPTH):
             await socket.send(number_frame(number))
-        await until(stats_of(gated, client), lambda stats: stats["in_flight"] == DEPTH)
+        ask = stats_of(gated, client)
+        await until(ask, lambda stats: stats["in_flight"] == DEPTH)
         gated.process.send_signal(signal.SIGTERM)
         await until(lambda: client.get(f"{gated.url}/health"), lambda answer: answer.status_code == 503)
-        gated.let_through(DEPTH)
+        socket.transport.pause_reading()  # megabytes, more than the sockets hold: they cannot all be sent before
+        gated.let_through(DEPTH, order="much")
+        await until(ask, lambda stats: stats["in_flight"] == 0)
+        for _ in range(100):  # it has all the time it would need to stop
+            assert (await client.get(f"{gated.url}/health")).status_code == 503
+        socket.transport.resume_reading()
         answers = [json.loads(message) async for message in socket]
-    assert [answer["scores"][0] for answer in answers] == list(range(DEPTH))
+    assert [(answer["index"], len(answer["scores"])) for answer in answers] == [(n, 1_000_000) for n in range(DEPTH)]
     assert socket.close_code == 1001
     assert gated.ended() == [f"frames answered: {DEPTH}"]
+
+
+async def test_a_goodbye_behind_unanswered_frames_is_no_error(gated: Server, client: httpx.AsyncClient) -> None:
+    """20 frames and the closing frame arrive at once: the first answer finds nobody, and the run ends without a word."""
+    async with stream(gated) as socket:
+        for number in range(20):
+            socket.protocol.send_binary(number_frame(number))
+        socket.protocol.send_close(1000)
+        socket.transport.write(b"".join(socket.protocol.data_to_send()))
+        ask = stats_of(gated, client)
+        await until(ask, lambda stats: stats["in_flight"] == DEPTH)
+        gated.let_through(DEPTH)
+        await until(ask, lambda stats: stats["in_flight"] == stats["waiting"] == 0)
+    assert gated.end() == ["frames answered: 1"]
 
 
 async def test_sigterm_under_load_loses_no_accepted_request(client: httpx.AsyncClient) -> None:

@@ -124,6 +124,13 @@ def parse_example(given: tuple[str, ...]) -> Any:
     return named or (unnamed[0] if len(unnamed) == 1 else tuple(unnamed))
 
 
+def parse_file(context: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
+    """A file to be written at the end: refused at the beginning where its folder is not there."""
+    if path is not None and not Path(path).parent.is_dir():
+        raise click.BadParameter(f"there is no folder {str(Path(path).parent)!r}")
+    return path
+
+
 def parse_devices(text: str | None) -> list[str] | None:
     """``cpu:0,cpu:1`` -> its parts; None stays None, which lets the pipeline choose."""
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]

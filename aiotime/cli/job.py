@@ -42,6 +42,7 @@ class Outcome:
         stats: what the pipeline counted.
         error: what ended it before its time; predictions until then are written.
         reader_left: whoever read the predictions closed the pipe.
+        missing: frames that the source said it holds and did not give, though nothing stopped it.
         notes: what became of trace and timeline.
     """
 
@@ -50,6 +51,7 @@ class Outcome:
     stats: Stats
     error: BaseException | None = None
     reader_left: bool = False
+    missing: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -111,7 +113,8 @@ class Job:
             else "raise",
             deadline=options.deadline,
         )
-        progress = Progress(total(source.length, options.limit), description=source.name)
+        expected = total(source.length, options.limit)
+        progress = Progress(expected, description=source.name)
         shown = nullcontext() if options.quiet else progress.follow(pipeline.stats)
         error: BaseException | None = None
         reader_left = False
@@ -125,7 +128,10 @@ class Job:
                     silence_stdout()
                 except (AiotimeError, OSError) as failure:
                     error = failure
-                return Outcome(interrupt, run.stats(), pipeline.stats(), error, reader_left)
+                counted = run.stats()
+                stopped = error is not None or reader_left or interrupt.received is not None
+                missing = 0 if expected is None or stopped else max(0, expected - counted.frames_in)
+                return Outcome(interrupt, counted, pipeline.stats(), error, reader_left, missing)
 
     def _frames(self) -> Any:
         frames = limited(self._source, self._options.limit)

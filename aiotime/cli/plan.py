@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.live import Live
 
-from aiotime.cli.factory import make, parse_balance, parse_devices
+from aiotime.cli.factory import make, parse_balance, parse_devices, parse_file
 from aiotime.errors import ConfigurationError
 
 
@@ -20,7 +20,13 @@ from aiotime.errors import ConfigurationError
 )
 @click.option("--balance", default="measured", show_default=True, help="measured, even, or layers per stage: 3,5.")
 @click.option("--layers", is_flag=True, help="Print every layer, not only the stages.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Save the plan, for `aiotime run --plan`.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, writable=True),
+    callback=parse_file,
+    help="Save the plan, for `aiotime run --plan`.",
+)
 def plan(
     factory: str, example: tuple[str, ...], devices: str | None, balance: str, layers: bool, json_file: str | None
 ) -> None:

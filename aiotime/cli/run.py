@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.live import Live
 
-from aiotime.cli.factory import Made, make, parse_balance, parse_devices
+from aiotime.cli.factory import Made, make, parse_balance, parse_devices, parse_file
 from aiotime.cli.job import Job, Options, Outcome
 from aiotime.cli.writing import STYLES, Writer
 from aiotime.errors import ConfigurationError
@@ -83,8 +83,19 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE: whoever read the predictions left
 )
 @click.option("--rate", type=float, metavar="FPS", help="Pull the source at no more than this rate.")
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Stop after N frames of the source.")
-@click.option("--trace", "trace_file", type=click.Path(dir_okay=False), help="Write a trace for ui.perfetto.dev.")
-@click.option("--timeline", type=click.Path(dir_okay=False), help="Draw what ran when (needs the extra [plot]).")
+@click.option(
+    "--trace",
+    "trace_file",
+    type=click.Path(dir_okay=False, writable=True),
+    callback=parse_file,
+    help="Write a trace for ui.perfetto.dev.",
+)
+@click.option(
+    "--timeline",
+    type=click.Path(dir_okay=False, writable=True),
+    callback=parse_file,
+    help="Draw what ran when (needs the extra [plot]).",
+)
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
 @click.pass_context
 def run(
@@ -151,6 +162,8 @@ def build(made: Made, *, devices: str | None, balance: str, plan_file: str | Non
             raise click.UsageError(f"{made.name} made a Pipeline, which has its devices, balance and depth already")
         return made.pipeline
     assert made.model is not None
+    if plan_file and (devices or balance != "measured"):
+        raise click.UsageError("--plan says the devices and the layers of each stage; leave --devices and --balance out")
     return Pipeline(
         made.model,
         example=made.example,
@@ -181,6 +194,8 @@ def report(console: Console, outcome: Outcome, *, out: str | None, written: int)
         + f" in {duration(run.elapsed)}: {count(round(run.frames_per_second, 1))} frames/s",
         f"latency p50 {duration(run.latency_p50)}, p99 {duration(run.latency_p99)}; {stats.diagnosis}",
     ]
+    if outcome.missing:
+        lines.append(f"the source ended {count(outcome.missing)} frames before what it says it holds: is it cut off?")
     if outcome.interrupt.received is not None:
         lines.append(f"stopped by {outcome.interrupt.received.name}; what was in flight was finished")
     if out is None:

@@ -37,10 +37,10 @@ def resolve(spec: str | Device) -> Device:
     if index.isdigit():
         if kind == "cpu":
             return CpuDevice(int(index))
-        if kind == "cuda":
-            from aiotime.devices.cuda import CudaDevice  # pays for its imports only where it is used
+        if kind in ("cuda", "xpu"):
+            from aiotime.devices.cuda import AcceleratorDevice, CudaDevice  # imported only where it is used
 
-            return CudaDevice(int(index))
+            return CudaDevice(int(index)) if kind == "cuda" else AcceleratorDevice(kind, int(index))
     raise ConfigurationError(
         f'no device is called {spec!r}; write "inline", "cpu:0", "cpu:1", … or "cuda:0", …, '
         "or hand in a Device such as aiotime.devices.CpuDevice(0, threads=2)"

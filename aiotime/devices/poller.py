@@ -169,8 +169,7 @@ class Poller:
     def _park(self, watch: Watch) -> None:
         waiter = self._waiters.get(watch.pace)
         if waiter is None or not waiter.take(watch):
-            waiter = self._waiters[watch.pace] = Waiter(self, watch.pace.name)
-            waiter.take(watch)
+            self._waiters[watch.pace] = Waiter(self, watch)
 
     def passed(self, watch: Watch, error: BaseException | None) -> None:
         """A waiter has seen it; any thread."""
@@ -207,12 +206,13 @@ class Waiter:
     Not a daemon: it ends by itself when told to, or soon after nothing is left to wait for.
     """
 
-    def __init__(self, poller: Poller, name: str) -> None:
+    def __init__(self, poller: Poller, first: Watch) -> None:
         self._poller = poller
         self._watches: SimpleQueue[Watch | None] = SimpleQueue()
         self._ending = threading.Lock()  # held while it decides to end
         self._ended = False
-        self.thread = threading.Thread(target=self._wait, name=f"waiter:{name}")
+        self._watches.put(first)  # before it starts, or it might end for want of work at once
+        self.thread = threading.Thread(target=self._wait, name=f"waiter:{first.pace.name}")
         self.thread.start()
 
     def take(self, watch: Watch) -> bool:

@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from aiotime.devices.base import Bell, Completions, DeviceStream, Pending, Work, passed_over, stage_failed
-from aiotime.errors import ClosedError, StageTimeout
+from aiotime.errors import BrokenError, ClosedError, StageTimeout
 from aiotime.frame import Frame
 from aiotime.observe.meter import Recorder
 
@@ -263,6 +263,8 @@ class WorkerStream(DeviceStream):
                                 mine.value = work.fn(up.value)
                             else:
                                 self.perform(work, up, mine, worker)
+                        except BrokenError as lost:  # the device that the value came from; not this stage's doing
+                            error = lost
                         except BaseException as cause:
                             error = stage_failed(work, frame, cause)
                         end = now()

@@ -238,10 +238,9 @@ class Stats:
         )
         second = (
             f"in {count(self.frames_in)}, shed {count(self.frames_shed)}, failed {count(self.frames_failed)}; "
-            f"in flight {flight}, waiting {count(self.waiting)}; "
-            f"latency p50 {duration(self.latency_p50)}, p99 {duration(self.latency_p99)}"
+            f"in flight {flight}, waiting {count(self.waiting)}"
         )
-        return [first, second]
+        return [first, second, f"latency p50 {duration(self.latency_p50)}, p99 {duration(self.latency_p99)}"]
 
     def _rows(self) -> list[list[str]]:
         return [

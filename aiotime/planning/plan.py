@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from aiotime.devices import default_devices, resolve
+from aiotime.devices import default_devices, resolve, resolve_all
 from aiotime.devices.base import Device
 from aiotime.errors import PlanError
 from aiotime.planning.balance import Division, divide_by_hand, divide_measured
@@ -18,7 +18,7 @@ from aiotime.planning.trace import trace
 from aiotime.planning.traced import Traced
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
     from aiotime.planning.layers import Layer
 
@@ -144,7 +144,7 @@ class Plan:
         if not isinstance(data, dict) or "aiotime_plan" not in data:
             raise PlanError("this is not a plan: it lacks the key 'aiotime_plan'; write one with Plan.to_json()")
         version = data.pop("aiotime_plan")
-        if version != VERSION:
+        if type(version) is not int or version != VERSION:
             raise PlanError(f"this plan has version {version!r}, this aiotime reads {VERSION}; make a new one")
         try:
             return _read_plan(data)
@@ -160,7 +160,7 @@ class Plan:
     def __str__(self) -> str:
         return self.table()
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
         from aiotime.planning.table import rich_table
 
         return rich_table(self)
@@ -195,8 +195,14 @@ def plan(
     Raises:
         TraceError: the model cannot be divided.
         PlanError: ``balance`` does not fit the model, or the model the memory.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> cut = aiotime.plan(model, example=torch.zeros(1, 4), devices=["cpu:0", "cpu:1"], balance="even")
+        >>> [(stage.device, stage.layers) for stage in cut.stages]
+        [('cpu:0', ('0', '1')), ('cpu:1', ('2',))]
     """
-    resolved = default_devices() if devices is None else [resolve(device) for device in devices]
+    resolved = default_devices() if devices is None else resolve_all(devices)
     traced = trace(model, example, dynamic=dynamic)
     return make_plan(traced, example, resolved, balance=balance, memory=memory, seconds=seconds)
 
@@ -226,7 +232,7 @@ def make_plan(
         fewer = f"The model has {count} layers, so {count} of {len(devices)} devices are used."
         advice = fewer if stages < len(devices) else None
         division = divide_by_hand(traced, devices, limits, even(count, stages), advice=advice)
-    elif isinstance(balance, str):
+    elif isinstance(balance, str) or not isinstance(balance, Sequence):
         raise PlanError(f'balance is "measured", "even" or a list of layers per stage, not {balance!r}')
     else:
         division = divide_by_hand(traced, devices, limits, tuple(balance))
@@ -269,7 +275,7 @@ def _assembled(traced: Traced, division: Division) -> Plan:
 
 def _read_plan(data: dict[str, Any]) -> Plan:
     def number(value: Any) -> float | None:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf")):
             raise ValueError(f"expected seconds or null, got {value!r}")
         return cast("float | None", value)
 

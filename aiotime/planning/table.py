@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aiotime.observe.tables import size
+
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
     from aiotime.planning.plan import Plan, StagePlan
 
 STAGE_COLUMNS = ("stage", "device", "layers", "ms", "transfer ms", "bytes across the cut", "parameters")
 LAYER_COLUMNS = ("layer", "ms", "bytes across the cut", "parameters", "stage", "device")
 _LEFT = {"stage", "device", "layers", "layer"}
-NOT_MEASURED = "not measured"
+_TWO_LINES = {"transfer ms": "transfer\nms", "bytes across the cut": "bytes across\nthe cut"}
+NOT_MEASURED = "–"
 
 
 def rows(plan: Plan, *, layers: bool) -> list[tuple[str, ...]]:
@@ -81,17 +84,19 @@ def text(plan: Plan, *, layers: bool = False) -> str:
     return "\n".join([*lines, *summary(plan)])
 
 
-def rich_table(plan: Plan, *, layers: bool = False) -> Table:
-    """A rich table with the summary as its caption."""
-    from rich.table import Table  # only where somebody prints with rich
+def rich_table(plan: Plan) -> Group:
+    """One row a stage for rich, within 80 columns, and the summary below."""
+    from rich.console import Group  # only where somebody prints with rich
+    from rich.table import Table
+    from rich.text import Text
 
-    table = Table(caption="\n".join(summary(plan)), caption_justify="left")
-    columns = LAYER_COLUMNS if layers else STAGE_COLUMNS
-    for column in columns:
-        table.add_column(column, justify="left" if column in _LEFT else "right")
-    for row in rows(plan, layers=layers):
-        table.add_row(*row)
-    return table
+    table = Table(box=None, pad_edge=False, header_style="bold underline")
+    for column in STAGE_COLUMNS:
+        header = _TWO_LINES.get(column, column)
+        table.add_column(header, justify="left" if column in _LEFT else "right", no_wrap=column != "layers")
+    for row in rows(plan, layers=False):
+        table.add_row(*map(Text, row))  # brackets in a name are no markup
+    return Group(table, Text("\n".join(summary(plan))))
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -104,13 +109,3 @@ def milliseconds(seconds: float | None) -> str:
 def rate(per_second: float) -> str:
     """Three digits that matter, or all of a large number."""
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
-
-
-def size(nbytes: int) -> str:
-    """Bytes with a binary unit."""
-    amount = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1024 or unit == "GiB":
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1024
-    raise AssertionError("the last unit takes everything")

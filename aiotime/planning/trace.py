@@ -95,7 +95,7 @@ class _Tracing:
         try:
             captured = capture_operations(self.model, self.example, self.dynamic)
         except Exception as error:
-            raise TraceError(_explanation(self.model, error)) from error
+            raise TraceError(_explanation(self.model, error, self.dynamic)) from error
         snapshot.restore()
         recording = self._recorded(captured)
         if not agree(recording.output, expected):
@@ -178,13 +178,18 @@ def _named(model: nn.Module, name: str) -> str:
     return f"{type(model.get_submodule(name)).__name__} at {name!r}" if name else type(model).__name__
 
 
-def _explanation(model: nn.Module, error: BaseException) -> str:
+def _explanation(model: nn.Module, error: BaseException, dynamic: tuple[int, ...] | None) -> str:
     """The place where tracing stopped, what torch said of it, the way out."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return (
-        f"{type(model).__name__} cannot be traced{_place(model, error)}: {type(error).__name__}: {reason}\n"
-        f"{way_out(model)}"
-    )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = " ".join([*lines[:1], *(line.removeprefix("- ") for line in lines[1:] if line.startswith("- "))])
+    found = f"{type(model).__name__} cannot be traced{_place(model, error)}: {type(error).__name__}: {reason}\n"
+    if dynamic is not None and "specialized" in reason:
+        found += (
+            f"A dimension of dynamic={dynamic} has one size only for the model. It may be that the example's size is "
+            "that of a buffer as well (a causal mask as long as the example): give a smaller example. Or leave the "
+            "dimension out of dynamic. Or: "
+        )
+    return found + way_out(model)
 
 
 def _place(model: nn.Module, error: BaseException) -> str:
@@ -196,7 +201,8 @@ def _place(model: nn.Module, error: BaseException) -> str:
         for frame, line in walk_tb(current.__traceback__):
             code = frame.f_code
             owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            ours = id(owner) in names and type(owner).__module__.partition(".")[0] != "torch"
+            foreign = frame.f_globals.get("__name__", "").partition(".")[0] == "torch"  # it passes the model around
+            ours = id(owner) in names and not foreign
             if ours:
                 source = linecache.getline(code.co_filename, line).strip()
                 name = _named(model, names[id(owner)])

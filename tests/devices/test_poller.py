@@ -284,7 +284,7 @@ async def test_a_quiet_waiter_ends_and_another_takes_over(
     poller: Poller, settle: Settle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thread without work does not stay for ever; the next wait finds another."""
-    monkeypatch.setattr("aiotime.devices.poller.QUIET", 0.001)
+    monkeypatch.setattr("aiotime.devices.poller.QUIET", 0.0)
     pace, told = slow(), list[object]()
     for _ in range(3):
         gate = Gate(pace)
