@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from aiotime.devices.base import Clock, Completions, DeviceStream, Pending, Work
 from aiotime.devices.worker import WorkerStream
 from aiotime.errors import AiotimeError, BrokenError, ClosedError
-from aiotime.frame import Control, Frame, Owner
+from aiotime.frame import NOBODY, Control, Frame, Owner
 from aiotime.ingest.door import Door
 from aiotime.observe.log import get_logger
 from aiotime.observe.meter import Ring, Tracer
@@ -274,7 +274,8 @@ class Engine:
         self.door.release(frame.nbytes)
         if self._idle and not self.frames:
             self._tell_idle()
-        frame.owner.settled(frame)
+        owner, frame.owner = frame.owner, NOBODY  # a request and its frame must not wait for the garbage collector
+        owner.settled(frame)
 
     async def idle(self) -> None:
         """Wait until nothing is in flight."""

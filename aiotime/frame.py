@@ -70,6 +70,16 @@ class Owner(Protocol):
         """``frame`` has its outcome: ``frame.value``, or ``frame.error`` where that is not None."""
 
 
+class Nobody:
+    """Owner of what nobody waits for."""
+
+    def settled(self, frame: Frame) -> None:
+        """Nobody is told."""
+
+
+NOBODY = Nobody()
+
+
 class Control(Protocol):
     """Work that travels between two frames, in order, and runs alone on each stage (a weight swap)."""
 

@@ -47,7 +47,7 @@ async def main() -> int:
         ]
     )
     bright = [random.randrange(4) for _ in range(200)]
-    answers = [pred.output async for pred in pipeline.run(map(encode, bright))]
+    answers: list[str] = [pred.output async for pred in pipeline.run(map(encode, bright))]
     right = sum(answer == QUADRANTS[quadrant] for answer, quadrant in zip(answers, bright, strict=True))
     print(f"quadrants named rightly: {right} of {len(bright)}")
     return right

@@ -163,7 +163,7 @@ def build(made: Made, *, devices: str | None, balance: str, plan_file: str | Non
         return made.pipeline
     assert made.model is not None
     if plan_file and (devices or balance != "measured"):
-        raise click.UsageError("--plan says the devices and the layers of each stage; leave --devices and --balance out")
+        raise click.UsageError("--plan names the devices and cuts the layers; leave --devices and --balance out")
     return Pipeline(
         made.model,
         example=made.example,

@@ -24,7 +24,7 @@ from typing import Any
 
 from aiotime.devices.base import Bell, Completions, DeviceStream, Pending, Work, passed_over, stage_failed
 from aiotime.errors import BrokenError, ClosedError, StageTimeout
-from aiotime.frame import Frame
+from aiotime.frame import NOBODY, Frame
 from aiotime.observe.meter import Recorder
 
 COALESCE = 200e-6  # seconds that announcements may wait for company
@@ -141,7 +141,7 @@ class WorkerStream(DeviceStream):
             return
         passed = threading.Event()
         work = self._works[0]
-        nobody = Frame(_NOBODY, -1, Pending(done=True), 0.0)
+        nobody = Frame(NOBODY, -1, Pending(done=True), 0.0)
         before._jobs.append((work, Pending(done=True), nobody, Pending(), passed.set))
         after._jobs.append((work, Pending(done=True), nobody, Pending(), _until(passed)))
         before.ring()
@@ -421,15 +421,6 @@ def _until(passed: threading.Event) -> Callable[[], None]:
         passed.wait()
 
     return wait
-
-
-class _Nobody:
-    """Owner of the frames of internal jobs, which never settle."""
-
-    def settled(self, frame: Frame) -> None: ...
-
-
-_NOBODY = _Nobody()
 
 
 def _run_action(action: Callable[[], None], work: Work, frame: Frame, mine: Pending) -> None:

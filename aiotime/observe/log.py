@@ -65,7 +65,7 @@ class Logger:
 def get_logger(**bound: Any) -> Logger:
     """A logger of the library with ``bound`` in each of its events.
 
-    Events are named ``"<thing>.<what happened>"``: ``"pipeline.opened"``, ``"stage.failed"``, with the stage
-    and the frame as values. Call it at module level; the application may configure logging later.
+    Events are named ``"<thing>.<what happened>"``: ``"pipeline.opened"``, ``"source.failed"``, with the run
+    and the error as values. Call it at module level; the application may configure logging later.
     """
     return Logger(**bound)

@@ -113,7 +113,7 @@ def plot_timeline(
         title: above the picture.
 
     Raises:
-        ConfigurationError: matplotlib is missing, or nothing was recorded.
+        ConfigurationError: matplotlib is missing, nothing was recorded, or it draws no such format.
     """
     try:
         from aiotime.observe import picture
@@ -126,6 +126,9 @@ def plot_timeline(
     shown = [piece for piece in slices if piece.end > start and piece.start < end] or slices
     figure = picture.draw(shown, lanes(shown), start, end, title=title)
     if path is not None:
+        formats = figure.canvas.get_supported_filetypes()
+        if Path(path).suffix.removeprefix(".").lower() not in formats:
+            raise ConfigurationError(f"the suffix of {str(path)!r} is no picture's; use one of .{', .'.join(formats)}")
         figure.savefig(path)
     return figure
 

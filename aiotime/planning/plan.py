@@ -232,7 +232,7 @@ def make_plan(
         fewer = f"The model has {count} layers, so {count} of {len(devices)} devices are used."
         advice = fewer if stages < len(devices) else None
         division = divide_by_hand(traced, devices, limits, even(count, stages), advice=advice)
-    elif isinstance(balance, str) or not isinstance(balance, Sequence):
+    elif isinstance(balance, str | int | float | None):
         raise PlanError(f'balance is "measured", "even" or a list of layers per stage, not {balance!r}')
     else:
         division = divide_by_hand(traced, devices, limits, tuple(balance))
@@ -275,7 +275,9 @@ def _assembled(traced: Traced, division: Division) -> Plan:
 
 def _read_plan(data: dict[str, Any]) -> Plan:
     def number(value: Any) -> float | None:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf")):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf")
+        ):
             raise ValueError(f"expected seconds or null, got {value!r}")
         return cast("float | None", value)
 

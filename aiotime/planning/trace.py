@@ -201,7 +201,8 @@ def _place(model: nn.Module, error: BaseException) -> str:
         for frame, line in walk_tb(current.__traceback__):
             code = frame.f_code
             owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            foreign = frame.f_globals.get("__name__", "").partition(".")[0] == "torch"  # it passes the model around
+            home = frame.f_globals.get("__name__", "").partition(".")[0]
+            foreign = home in ("torch", "aiotime")  # they pass the model around
             ours = id(owner) in names and not foreign
             if ours:
                 source = linecache.getline(code.co_filename, line).strip()

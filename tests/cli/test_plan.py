@@ -72,6 +72,7 @@ def test_a_model_too_small_to_cut_is_told(here: Path) -> None:
         (["net:piped"], "cut already"),
         (["net:tiny", "-e", "1,4", "-d", "cpu:x"], "cpu:x"),
         (["net:tiny", "-e", "1,4", "-d", "cpu:0", "--balance", "9"], "layers"),
+        (["net:tiny", "-e", "1,4", "--json", "absent/plan.json"], "there is no folder 'absent'"),
     ],
 )
 def test_wrong_calls_say_what_would_be_right(arguments: list[str], message: str) -> None:

@@ -120,6 +120,27 @@ def test_a_video_is_resized_to_the_example(here: Path) -> None:
     assert [line["output"][0][0] for line in lines] == pytest.approx([40 * k / 255 for k in range(6)], abs=0.02)
 
 
+def test_a_video_that_ends_abruptly_is_told(here: Path) -> None:
+    """What could be decoded is predicted; the summary says how much is missing, but not where --limit left it out."""
+    import av
+
+    with av.open("clip.mp4", "w", options={"movflags": "faststart"}) as container:
+        stream: Any = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for index in range(20):
+            noise = np.random.default_rng(index).integers(0, 255, (48, 64, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+        container.mux(stream.encode(None))
+    whole = (here / "clip.mp4").read_bytes()
+    (here / "clip.mp4").write_bytes(whole[: len(whole) // 2])
+    result = run("net:pictures", "--source", "clip.mp4", *TWO, "--out", "out.jsonl")
+    assert result.exit_code == 0, result.output
+    came = len(records(here / "out.jsonl"))
+    assert 0 < came < 20
+    assert f"ended {20 - came} frames before" in result.stdout
+    assert "frames before" not in run("net:pictures", "--source", "clip.mp4", *TWO, "--limit", "2").stdout
+
+
 def test_stdin_to_stdout_keeps_stdout_clean(here: Path) -> None:
     """With --out - nothing but JSON lines is on stdout; the summary is on stderr; keys come through."""
     frames = '[[1, 1, 1, 1]]\n{"input": [[2, 2, 2, 2]], "key": "b"}\n'
@@ -177,13 +198,23 @@ def test_trace_and_timeline_are_written(here: Path) -> None:
 def test_a_trace_that_cannot_be_written_does_not_cost_the_summary(here: Path) -> None:
     """Predictions are kept and summed up; the exit code and the message tell about the trace and the timeline."""
     write_frames(here / "frames.jsonl", count=2)
-    result = run("net:make", "-s", "frames.jsonl", *TWO, "--trace", "absent/trace.json", "-o", "out.jsonl")
+    result = run("net:make", "-s", "frames.jsonl", *TWO, "--timeline", "time.what", "-o", "out.jsonl")
     assert result.exit_code == 1
-    assert "could not write absent/trace.json" in result.stdout
+    assert "could not write time.what" in result.stdout
     assert len(records(here / "out.jsonl")) == 2
     result = run("net:make", "-s", "frames.jsonl", *TWO, "--limit", "0", "--timeline", "time.png")
     assert result.exit_code == 1
     assert "0 predictions from 0 frames" in result.stdout
+
+
+@pytest.mark.parametrize("option", ["--trace", "--timeline"])
+def test_a_folder_that_is_not_there_is_told_before_the_work(here: Path, option: str) -> None:
+    """Not at the end of a long stream."""
+    write_frames(here / "frames.jsonl", count=2)
+    result = run("net:make", "-s", "frames.jsonl", *TWO, option, "absent/it.png", "-o", "out.jsonl")
+    assert result.exit_code == 2
+    assert "there is no folder 'absent'" in result.stderr
+    assert not (here / "out.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -266,6 +297,9 @@ def test_a_saved_plan_is_used(here: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "cpu:0" in result.stdout
     assert "cpu:1" in result.stdout
+    result = run("net:make", "-s", "frames.jsonl", "--plan", "plan.json", "--devices", "cpu:0")
+    assert result.exit_code == 2
+    assert "leave --devices and --balance out" in result.stderr
 
 
 # ---------------------------------------------------------------------------------------------------- real processes

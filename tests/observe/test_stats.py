@@ -272,11 +272,12 @@ def test_str_is_an_aligned_table() -> None:
     lines = str(snapshot).splitlines()
     assert lines[0] == "pipeline 'p': 90 frames in 10.0 s, 9 frames/s"
     assert "in 100, shed 2, failed 1; in flight 7 of 8 (2.00 KiB of 1.00 MiB), waiting 1" in lines[1]
-    header, first, second = lines[3:6]
+    header, first, second = lines[4:7]
     assert header.split()[:4] == ["stage", "device", "frames", "failed"]
     assert header.index("device") == first.index("cpu:0") == second.index("cuda:0 ×2")
     assert first[: header.index("frames") + len("frames")].endswith(" 1,204")
     assert lines[-1] == snapshot.diagnosis
+    assert max(map(len, lines[:3])) <= 80
 
 
 def test_str_without_a_budget() -> None:

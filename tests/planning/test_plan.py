@@ -143,13 +143,14 @@ def test_a_division_by_hand_is_taken_as_it_is_and_nothing_is_measured() -> None:
     assert fake.measured == 0
     assert made.frames_per_second is None
     assert made.speed_up is None
-    assert "not measured" in str(made)
+    assert str(made).splitlines()[2].split()[-6:] == ["–", "–", "24", "B", "100", "B"]
+    assert "Nothing was measured" in str(made)
     assert made.stages[0].output_bytes == 24
     assert made.stages[1].parameter_bytes == 200
     assert plan(ticking(1, 1, 1), example=FRAME, devices=[fake, Fake("b")], balance="even").sizes == (2, 1)
 
 
-@pytest.mark.parametrize("balance", ["fast", [1, 1], [3, 0], [1, 1, 1], []])
+@pytest.mark.parametrize("balance", ["fast", 3, None, [1, 1], [3, 0], [1, 1, 1], []])
 def test_a_balance_that_does_not_fit_is_refused(balance: Any) -> None:
     """A word nobody knows, sizes that do not add up, more stages than devices."""
     with pytest.raises(PlanError, match="balance"):
@@ -174,6 +175,8 @@ def test_a_plan_survives_json() -> None:
     [
         (lambda data: data.pop("aiotime_plan"), "lacks"),
         (lambda data: data.update(aiotime_plan=99), "version 99"),
+        (lambda data: data.update(aiotime_plan=True), "version True"),
+        (lambda data: data.update(sequential_seconds=float("nan")), "damaged"),
         (lambda data: data.pop("stages"), "damaged"),
         (lambda data: data["stages"].pop(), "damaged"),
         (lambda data: data["layers"][0].update(seconds="fast"), "damaged"),
@@ -235,14 +238,21 @@ def test_a_plan_prints_with_rich() -> None:
     rich = pytest.importorskip("rich.console")
     made = plan(ticking(1, 3), example=FRAME, devices=[Fake("a"), Fake("b")])
     out = StringIO()
-    rich.Console(file=out, width=160).print(made)
-    assert "bytes across the cut" in out.getvalue()
+    rich.Console(file=out, width=80).print(made)
+    lines = out.getvalue().splitlines()
+    assert lines[1].split() == ["stage", "device", "layers", "ms", "ms", "the", "cut", "parameters"]
+    assert lines[2].split() == ["0", "a", "0", "(1)", "1,000", "0.000", "24", "B", "100", "B"]
     assert "0.333 frames/s" in out.getvalue()
 
 
 def test_planning_does_not_import_rich() -> None:
     """It is an extra."""
     assert all("rich" not in vars(sys.modules[name]) for name in sys.modules if name.startswith(planning.__name__))
+
+
+def test_one_device_needs_no_list() -> None:
+    """As for a Pipeline."""
+    assert plan(ticking(1), example=FRAME, devices="cpu:0", balance="even").stages[0].device == "cpu:0"
 
 
 def test_the_default_is_a_worker_for_each_core() -> None:

@@ -415,6 +415,26 @@ def test_a_dynamic_dimension_of_size_one_is_not_taken_for_a_constant(make: Calla
     assert_same(through(cut, case.example), expected_of(case))
 
 
+def test_a_dynamic_dimension_that_a_buffer_fixes_is_told() -> None:
+    """An example as long as the causal mask; the message says so, and names no place inside of torch."""
+
+    class Masked(nn.Module):
+        mask: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.ones(6, 6).tril())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mask[: x.shape[1], : x.shape[1]] @ x.transpose(0, 1)
+
+    trace(Masked(), torch.ones(2, 5), dynamic=(1,))
+    with pytest.raises(TraceError, match="give a smaller example") as caught:
+        trace(Masked(), torch.ones(2, 6), dynamic=(1,))
+    assert "specialized it to be a constant (6)" in str(caught.value)
+    assert "Masked cannot be traced: UserError" in str(caught.value)
+
+
 def test_other_sizes_than_a_traced_branch_allows_are_refused() -> None:
     """A choice made by a size is checked on each frame where sizes vary."""
 
