@@ -16,25 +16,23 @@ from aiotime.devices.base import Clock, RealClock
 from aiotime.devices.cpu import CpuDevice
 from aiotime.engine import Engine
 from aiotime.errors import (
-    AiotimeError,
     BrokenError,
     ClosedError,
     ConfigurationError,
-    DeadlineExceeded,
-    FrameCancelled,
     FrameError,
-    FrameShed,
     InputError,
 )
-from aiotime.frame import Frame, Prediction, Sample
-from aiotime.ingest.inspection import InputSpec, payload_bytes, require_finite
+from aiotime.frame import Prediction, Sample
+from aiotime.ingest.inspection import InputSpec, require_finite
 from aiotime.observe.meter import quantile
 from aiotime.observe.stats import Stats, stage_stats
 from aiotime.observe.trace import Trace
 from aiotime.planning import Plan, make_plan, trace
 from aiotime.planning.trace import Piece
+from aiotime.requests import Request
 from aiotime.runs import Run, RunOptions, RunState, call_dead_letter, check_deadline
 from aiotime.stage import OnError, Retry, Stage, StageSpec, spread, unique_names, with_retries
+from aiotime.weights import Swap
 
 Balance = Literal["measured", "even"] | Sequence[int]
 
@@ -278,7 +276,7 @@ class Pipeline:
         """Send copies of the example past the paused door, then open it with fresh counters."""
         requests = []
         for _ in range(self._warm_up):
-            request = _Request(self, engine, self._example)
+            request = Request(engine, self._example, None)
             engine.door.used += 1
             request.enter()
             requests.append(request.future)
@@ -366,7 +364,7 @@ class Pipeline:
         if engine.draining:
             raise ClosedError(f"pipeline {self.name!r} is draining and takes no new requests")
         try:
-            request = _Request(self, engine, frame)
+            request = Request(engine, frame, self._spec, keep_input=self.keeps_input)
         except InputError as error:
             engine.counts["in"] += 1
             engine.counts["failed"] += 1
@@ -480,7 +478,7 @@ class Pipeline:
             for key, value in self._model.state_dict().items():
                 if key in missing:
                     given[key] = given.get(tied.get((value.data_ptr(), value.shape), ""), own[key])
-        swap = _Swap(self, {key: tensor.detach().clone() for key, tensor in given.items()})
+        swap = Swap(self._load_stage, {key: tensor.detach().clone() for key, tensor in given.items()})
         engine = self._engine
         if engine is None or engine.error is not None:
             for stage in range(len(self._specs)):
@@ -489,6 +487,18 @@ class Pipeline:
         swap.done = engine.loop.create_future()
         engine.enter_control(swap, swap)
         await asyncio.shield(swap.done)
+
+    def _load_stage(self, stage: int, state: Mapping[str, torch.Tensor]) -> None:
+        if self._model is not None:
+            self._pieces[stage].load(state)
+            return
+        name = self._specs[stage].name
+        module = self._modules.get(name)
+        if module is not None:
+            own = module.state_dict()
+            mine = {key: state[f"{name}.{key}"] for key in own if f"{name}.{key}" in state}
+            mine = {key: value.to(device=own[key].device, dtype=own[key].dtype) for key, value in mine.items()}
+            module.load_state_dict(mine, strict=False, assign=True)
 
     # ------------------------------------------------------------------ observation
 
@@ -557,117 +567,3 @@ class Pipeline:
     def __repr__(self) -> str:
         stages = ", ".join(f"{spec.name}@{spec.device.name}" for spec in self._specs)
         return f"<Pipeline {self.name!r}: {stages}>"
-
-
-class _Request:
-    """One submitted frame: its owner and its entrant at the door."""
-
-    __slots__ = ("engine", "entered", "frame", "future")
-
-    def __init__(self, pipeline: Pipeline, engine: Engine, payload: Any) -> None:
-        self.engine = engine
-        self.entered = False
-        sample = payload if type(payload) is Sample else None
-        if sample is not None:
-            payload = sample.input
-        spec = pipeline._spec
-        if spec is not None:
-            payload = spec.check(payload, None, sample.key if sample is not None else None)
-        self.frame = frame = engine.new_frame(self, 0, payload)
-        if sample is not None:
-            frame.key, frame.target, frame.ack = sample.key, sample.target, sample.ack
-        if pipeline.keeps_input:
-            frame.input = payload
-        self.future: asyncio.Future[Prediction] = engine.loop.create_future()
-
-    def enter(self) -> int | None:
-        if self.future.done():
-            return None  # cancelled or expired while it waited
-        frame = self.frame
-        if frame.deadline is not None and self.engine.now() > frame.deadline:
-            self.expire()
-            return None
-        self.entered = True
-        if self.engine.door.nbytes is not None and frame.tail is not None:
-            frame.nbytes = payload_bytes(frame.tail.value)
-        self.engine.enter(frame)
-        return frame.nbytes
-
-    def size(self) -> int:
-        return payload_bytes(self.frame.tail.value) if self.frame.tail is not None else 0
-
-    def refused(self, why: AiotimeError) -> None:
-        self._fail(why)
-
-    def expire(self) -> None:
-        """The deadline has passed: answer now; work still queued is passed over."""
-        if not self.future.done():
-            self._fail(DeadlineExceeded("the request's deadline passed before it was answered", key=self.frame.key))
-            self._withdraw()
-
-    def cancel(self) -> None:
-        """Whoever waited was cancelled."""
-        if self.future.cancelled():  # else it had its answer already, and that was counted
-            self.engine.counts["shed"] += 1
-        self._withdraw()
-        self._acknowledge(FrameCancelled("the request was cancelled", key=self.frame.key))
-
-    def settled(self, frame: Frame) -> None:
-        if self.future.done():
-            return
-        if frame.error is None:
-            self.engine.counts["out"] += 1
-            self.future.set_result(Prediction(frame.value, 0, frame.key, None, None, frame.latency, 0))
-            self._acknowledge(None)
-        else:
-            self._fail(frame.error)
-
-    def _withdraw(self) -> None:
-        self.frame.cancelled = True
-        if not self.entered:
-            self.engine.door.withdraw("submit", self)
-
-    def _fail(self, error: BaseException) -> None:
-        if not self.future.done():
-            self.engine.counts["shed" if isinstance(error, FrameShed) else "failed"] += 1
-            self.future.set_exception(error)
-            self._acknowledge(error)
-
-    def _acknowledge(self, error: BaseException | None) -> None:
-        ack, self.frame.ack = self.frame.ack, None
-        if ack is not None:
-            self.engine.loop.call_soon(ack, error)
-
-
-class _Swap:
-    """New weights on their way through the stages: a control frame and its owner."""
-
-    def __init__(self, pipeline: Pipeline, state: Mapping[str, torch.Tensor]) -> None:
-        self._pipeline = pipeline
-        self._state = state
-        self.done: asyncio.Future[None] | None = None
-
-    def apply(self, stage: int) -> None:
-        with torch.inference_mode(mode=False):  # weights stay ordinary tensors, fit for learning
-            self._load(stage)
-
-    def _load(self, stage: int) -> None:
-        pipeline = self._pipeline
-        if pipeline._model is not None:
-            pipeline._pieces[stage].load(self._state)
-            return
-        name = pipeline._specs[stage].name
-        module = pipeline._modules.get(name)
-        if module is not None:
-            prefix = f"{name}."
-            mine = {k.removeprefix(prefix): v for k, v in self._state.items() if k.startswith(prefix)}
-            own = module.state_dict()  # another stage's name may begin like ours: "relu" and "relu.2"
-            mine = {k: v.to(device=own[k].device, dtype=own[k].dtype) for k, v in mine.items() if k in own}
-            module.load_state_dict(mine, strict=False, assign=True)
-
-    def settled(self, frame: Frame) -> None:
-        if self.done is not None and not self.done.done():
-            if frame.error is None:
-                self.done.set_result(None)
-            else:
-                self.done.set_exception(frame.error)

@@ -182,7 +182,7 @@ def with_retries(fn: Callable[[Any], Any], policy: Retry, stage: str, device: De
 class StageRunner:
     """The working half of a stage in an open pipeline: its inbox, its device stream, its launches."""
 
-    __slots__ = ("inbox", "launched", "limit", "ready", "spec", "stream", "work")
+    __slots__ = ("_room", "inbox", "launched", "limit", "ready", "spec", "stream", "work")
 
     def __init__(
         self,
@@ -199,6 +199,7 @@ class StageRunner:
         self.ready = ready  # await until the host may read a pending value
         self.inbox: Channel[Frame] = Channel()  # bounded by the credits at the door, so a put never waits
         self.launched: deque[Pending] = deque()
+        self._room: asyncio.Future[None] | None = None  # set by whichever of several workers' launches ends first
 
     async def serve(self, following: Channel[Frame] | None) -> None:
         """Take, launch, hand on, until cancelled. Between taking and handing on nothing can be lost."""
@@ -216,8 +217,7 @@ class StageRunner:
                 launched.popleft()
             if len(launched) >= self.limit:
                 stream.ring()
-                # half of a long queue is refilled at once, a short one as soon as there is room
-                await launched[len(launched) // 2 if len(launched) >= 8 else 0].finished()
+                await self._until_room()
                 continue
             if not items:
                 stream.ring()
@@ -248,6 +248,29 @@ class StageRunner:
                     slice_start = time.perf_counter()
             else:
                 launched.append(pending)
+
+    async def _until_room(self) -> None:
+        """Half of a long queue is refilled at once, a short one as soon as there is room."""
+        launched, workers = self.launched, self.spec.workers
+        if workers > 1:  # they finish out of order, and a slow one must not keep the others' places
+            for _ in range(len(launched)):
+                pending = launched.popleft()
+                if not pending.done:
+                    launched.append(pending)
+            if len(launched) < self.limit:
+                return
+        if len(launched) >= 8 * workers:
+            await launched[len(launched) // 2].finished()
+        elif workers == 1:
+            await launched[0].finished()
+        else:
+            if self._room is None or self._room.done():
+                self._room = asyncio.get_running_loop().create_future()
+            for pending in launched:
+                if pending.waiter is None or pending.waiter.done():
+                    pending.waiter = self._room
+            if not any(pending.done for pending in launched):
+                await self._room
 
 
 def _action(frame: Frame, stage: int) -> Callable[[], None]:

@@ -174,10 +174,10 @@ class HandStream(DeviceStream):
 class Bench:
     """A stage task at work between an inbox and the next."""
 
-    def __init__(self, *, limit: int) -> None:
+    def __init__(self, *, limit: int, workers: int = 1) -> None:
         self.stream = HandStream()
         work = Work(same, stage="s", index=4)
-        self.runner = StageRunner(StageSpec("s", same, CpuDevice()), work, self.stream, limit, self.ready)
+        self.runner = StageRunner(StageSpec("s", same, CpuDevice(), workers), work, self.stream, limit, self.ready)
         self.following: Channel[Frame] = Channel()
         self.task = asyncio.create_task(self.runner.serve(self.following))
 
@@ -238,6 +238,22 @@ async def test_a_long_queue_is_refilled_by_the_half(settle: Settle) -> None:
     bench.stream.finish(4)
     await settle()
     assert len(bench.stream.launched) == 13
+    await bench.end()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("limit", "workers"), [(4, 2), (16, 4), (16, 2)])
+async def test_a_slow_worker_does_not_keep_the_places_of_the_others(settle: Settle, limit: int, workers: int) -> None:
+    """Launches that end out of order make room at once, however long the oldest takes, and the loop stays free."""
+    bench = Bench(limit=limit, workers=workers)
+    bench.put(*range(200))
+    await settle()
+    assert len(bench.stream.launched) == limit
+    for i in range(1, 100):  # never the first
+        bench.stream.finish(i)
+        await settle()
+        assert limit // 2 < len(bench.stream.launched) - i <= limit
+    assert len(bench.stream.launched) >= 99 + limit // 2
     await bench.end()
 
 

@@ -61,10 +61,11 @@ class Pending:
 
     async def finished(self) -> None:
         """Wait until it is done: for the stage tasks of one pipeline, which share the future and are cancelled together."""
-        if self.waiter is None:
-            self.waiter = asyncio.get_running_loop().create_future()
-        if not self.done:  # it may have finished before it could see the waiter
-            await self.waiter
+        while not self.done:
+            if self.waiter is None or self.waiter.done():
+                self.waiter = asyncio.get_running_loop().create_future()
+            if not self.done:  # it may have finished before it could see the waiter
+                await self.waiter
 
 
 def always() -> bool:

@@ -1,0 +1,112 @@
+"""One submitted frame: its owner, and its entrant at the door.
+
+submit ─▶ Request ─ credit ─▶ engine … settle ─▶ future ─▶ submit returns
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from aiotime.engine import Engine
+from aiotime.errors import AiotimeError, DeadlineExceeded, FrameCancelled, FrameShed
+from aiotime.frame import Frame, Prediction, Sample
+from aiotime.ingest.inspection import InputSpec, payload_bytes
+
+
+class Request:
+    """A frame with a future for its answer.
+
+    Args:
+        engine: the open pipeline.
+        payload: what was submitted; a `Sample` brings key and acknowledgement.
+        spec: what it must look like; None: taken as it is.
+        keep_input: some stage's ``on_error`` will want to see the input.
+    """
+
+    __slots__ = ("engine", "entered", "frame", "future")
+
+    def __init__(self, engine: Engine, payload: Any, spec: InputSpec | None, *, keep_input: bool = False) -> None:
+        self.engine = engine
+        self.entered = False
+        sample = payload if type(payload) is Sample else None
+        if sample is not None:
+            payload = sample.input
+        if spec is not None:
+            payload = spec.check(payload, None, sample.key if sample is not None else None)
+        self.frame = frame = engine.new_frame(self, 0, payload)
+        if sample is not None:
+            frame.key, frame.target, frame.ack = sample.key, sample.target, sample.ack
+        if keep_input:
+            frame.input = payload
+        self.future: asyncio.Future[Prediction] = engine.loop.create_future()
+
+    # Entrant, called by the door
+
+    def enter(self) -> int | None:
+        """A credit is ours; declined where nobody waits for the answer any more."""
+        if self.future.done():
+            return None  # cancelled or expired while it waited
+        frame, engine = self.frame, self.engine
+        if frame.deadline is not None and engine.now() > frame.deadline:
+            self.expire()
+            return None
+        self.entered = True
+        if engine.door.nbytes is not None:
+            frame.nbytes = self.size()
+        engine.enter(frame)
+        return frame.nbytes
+
+    def size(self) -> int:
+        """Bytes of the payload."""
+        return payload_bytes(self.frame.tail.value) if self.frame.tail is not None else 0
+
+    def refused(self, why: AiotimeError) -> None:
+        """The pipeline ended while it waited at the door."""
+        self._fail(why)
+
+    # called by whoever submitted
+
+    def expire(self) -> None:
+        """The deadline has passed: answer now; work still queued is passed over."""
+        if not self.future.done():
+            self._fail(DeadlineExceeded("the request's deadline passed before it was answered", key=self.frame.key))
+            self._withdraw()
+
+    def cancel(self) -> None:
+        """Whoever waited was cancelled."""
+        if self.future.cancelled():  # else it had its answer already, and that was counted
+            self.engine.counts["shed"] += 1
+        self._withdraw()
+        self._acknowledge(FrameCancelled("the request was cancelled", key=self.frame.key))
+
+    # Owner, called by the engine
+
+    def settled(self, frame: Frame) -> None:
+        """The outcome is there."""
+        future = self.future
+        if future.done():
+            return
+        if frame.error is None:
+            self.engine.counts["out"] += 1
+            future.set_result(Prediction(frame.value, 0, frame.key, None, None, frame.latency, 0))
+            if frame.ack is not None:
+                self._acknowledge(None)
+        else:
+            self._fail(frame.error)
+
+    def _withdraw(self) -> None:
+        self.frame.cancelled = True
+        if not self.entered:
+            self.engine.door.withdraw("submit", self)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self.future.done():
+            self.engine.counts["shed" if isinstance(error, FrameShed) else "failed"] += 1
+            self.future.set_exception(error)
+            self._acknowledge(error)
+
+    def _acknowledge(self, error: BaseException | None) -> None:
+        ack, self.frame.ack = self.frame.ack, None
+        if ack is not None:
+            self.engine.loop.call_soon(ack, error)

@@ -1,0 +1,39 @@
+"""New weights on their way through the stages: a control frame between two frames, and its owner."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+import torch
+
+from aiotime.frame import Frame
+
+LoadStage = Callable[[int, Mapping[str, torch.Tensor]], None]
+
+
+class Swap:
+    """Replaces the weights of each stage when its turn comes.
+
+    Args:
+        load_stage: puts the stage's part of the state in place; on the stage's device stream.
+        state: the new weights under the pipeline's keys.
+    """
+
+    def __init__(self, load_stage: LoadStage, state: Mapping[str, torch.Tensor]) -> None:
+        self._load_stage = load_stage
+        self._state = state
+        self.done: asyncio.Future[None] | None = None  # while running: every stage has them
+
+    def apply(self, stage: int) -> None:
+        """Load one stage; weights stay ordinary tensors, fit for learning."""
+        with torch.inference_mode(mode=False):
+            self._load_stage(stage, self._state)
+
+    def settled(self, frame: Frame) -> None:
+        """All stages were passed, or one of them failed."""
+        if self.done is not None and not self.done.done():
+            if frame.error is None:
+                self.done.set_result(None)
+            else:
+                self.done.set_exception(frame.error)
