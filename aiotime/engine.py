@@ -88,6 +88,7 @@ class Engine:
         self.draining = False
         self.opened = clock.now()
         self.latencies = Ring()
+        self.tracer: Tracer | None = None
         self.undelivered = 0.0  # frame-seconds that results waited for their consumer
         self.entered = 0
         self.counts = {"in": 0, "out": 0, "shed": 0, "failed": 0}
@@ -301,6 +302,8 @@ class Engine:
             if self._beating:
                 self.loop.call_later(BEAT, self._beat)
             return
+        if self.tracer is not None:
+            self._trace_queues(self.tracer)
         times = self._times()
         self._share_threads(times)
         if self.adaptive and any(times):
@@ -376,9 +379,16 @@ class Engine:
             self._seen[position] = 0
         self.entered = 0
 
+    def _trace_queues(self, tracer: Tracer) -> None:
+        at = self.now()
+        tracer.counter("in flight", at, len(self.frames))
+        tracer.counter("waiting at the door", at, self.door.waiting)
+        for stage in self.stages:
+            tracer.counter(f"queue of {stage.spec.name}", at, len(stage.inbox) + len(stage.launched))
+
     def trace_into(self, tracer: Tracer | None) -> None:
         """Write slices of all device streams and of the loop into ``tracer``; None stops."""
-        self.completions.tracer = tracer
+        self.tracer = self.completions.tracer = tracer
         for stage in self.stages:
             for recorder in stage.work.recorders:
                 recorder.tracer = tracer

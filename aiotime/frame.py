@@ -19,7 +19,8 @@ class Sample:
 
     Args:
         input: the payload: a tensor (one argument of the model), a tuple (positional arguments) or
-            a dict (keyword arguments); for a stage made of a function, any object.
+            a dict (keyword arguments); for a stage made of a function, any object. An `InputError` stands
+            for a frame that the source could not read: it is refused in its turn, as ``on_error`` says.
         target: what the model should have said; only a learner reads it.
         key: who this frame belongs to (camera, user, request); comes back as ``Prediction.key``.
         deadline: seconds after its arrival within which the frame must start its last stage;

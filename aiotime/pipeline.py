@@ -21,6 +21,7 @@ from aiotime.errors import (
     ConfigurationError,
     FrameError,
     InputError,
+    PlanError,
 )
 from aiotime.frame import Prediction, Sample
 from aiotime.ingest.inspection import InputSpec, require_finite
@@ -104,13 +105,19 @@ class Pipeline:
             plan = make_plan(traced, self._example, found, balance=balance)
         else:
             plan.check(traced.layers)
+            if not (isinstance(balance, str) and balance == "measured"):
+                raise ConfigurationError("hand in a plan or a balance, not both: the plan says how to cut")
             found = resolve_all([s.device for s in plan.stages] if devices is None else devices)
+            absent = {s.device for s in plan.stages} - {device.name for device in found} - {"inline"}
+            if absent:
+                raise PlanError(
+                    f"the plan uses {', '.join(sorted(absent))}, devices names {', '.join(d.name for d in found)}; "
+                    "leave devices out or make a plan for them"
+                )
         self.plan: Plan | None = plan
-        by_name = {device.name: device for device in found}
         self._pieces: list[Piece] = traced.cut(plan.sizes)
         specs = []
-        for piece, planned in zip(self._pieces, plan.stages, strict=True):
-            device = by_name[planned.device] if planned.device in by_name else resolve(planned.device)
+        for piece, planned, device in zip(self._pieces, plan.stages, plan.place(found), strict=True):
             device.place(piece.module)
             specs.append(StageSpec(planned.name, piece, device))
         if check_finite:
@@ -307,6 +314,9 @@ class Pipeline:
 
     def inspect(self, payload: Any, index: int | None, key: Any) -> Any:
         """The payload if the model takes it, else `InputError`."""
+        if isinstance(payload, InputError):  # the source could not read this frame
+            payload.frame, payload.key = index, key
+            raise payload
         return payload if self._spec is None else self._spec.check(payload, index, key)
 
     # ------------------------------------------------------------------ work

@@ -36,13 +36,11 @@ from aiotime.frame import Frame, Prediction, Sample
 from aiotime.ingest.inspection import payload_bytes
 from aiotime.ingest.pull import pull
 from aiotime.observe.log import get_logger
-from aiotime.observe.meter import Ring, quantile
+from aiotime.observe.meter import LOOP_LANE, Ring, quantile
 from aiotime.observe.stats import RunStats
 from aiotime.stage import OnError, check_on_error
 
 log = get_logger()
-
-Inspect = Callable[[Any, int | None, Any], Any]
 
 
 class Host(Protocol):
@@ -311,7 +309,7 @@ class RunState:
         self.stop()
         while self.hold.items:
             frame = self.hold.get_nowait()
-            self._count("shed")
+            self._count("shed", frame)
             self._acknowledge(frame, why)
 
     def _expire(self, frame: Frame) -> None:
@@ -322,7 +320,7 @@ class RunState:
         self._wake_ready()
 
     def _shed_overflow(self, frame: Frame) -> None:
-        self._count("shed")
+        self._count("shed", frame)
         self._acknowledge(
             frame, FrameShed(f"frame {frame.index} was shed by overflow={self.options.overflow!r}", frame=frame.index)
         )
@@ -391,9 +389,9 @@ class RunState:
         assert error is not None
         self._acknowledge(frame, error)
         if isinstance(error, FrameShed):
-            self._count("shed")
+            self._count("shed", frame)
             return
-        self._count("failed")
+        self._count("failed", frame)
         try:
             if not isinstance(error, FrameError):
                 raise error
@@ -428,10 +426,13 @@ class RunState:
                 f"more frames failed than the budget of {allowed}; the last: {error}"
             ) from error
 
-    def _count(self, what: str) -> None:
+    def _count(self, what: str, frame: Frame) -> None:
+        engine = self.engine
+        assert engine is not None
         self.counts[what] += 1
-        assert self.engine is not None
-        self.engine.counts[what] += 1
+        engine.counts[what] += 1
+        if engine.tracer is not None:
+            engine.tracer.instant(LOOP_LANE, what, engine.now(), frame.index)
 
     def _acknowledge(self, frame: Frame, error: BaseException | None) -> None:
         ack, frame.ack = frame.ack, None
@@ -486,7 +487,7 @@ class RunState:
             await self._settled
         gone = FrameCancelled(f"{self.name} ended before this frame was delivered")
         for frame in (*self.window, *self.hold.abort()):
-            self._count("shed")
+            self._count("shed", frame)
             self._acknowledge(frame, gone)
         self.window.clear()
         engine.runs.discard(self)

@@ -38,7 +38,7 @@ STATUS: dict[type[AiotimeError], int] = {  # the first that fits
     StageError: 500,
     AiotimeError: 503,  # ClosedError: it drains; BrokenError
 }
-LAST_WORDS = 10.0  # seconds that open streams have for their last predictions once everything else is answered
+LAST_WORDS = 10  # seconds that clients have to take what is theirs once the pipeline is drained
 
 
 def make_model() -> torch.nn.Sequential:
@@ -134,16 +134,18 @@ def create_app(pipeline: aiotime.Pipeline) -> FastAPI:
         task = asyncio.current_task()
         app.state.streams.add(task)
         try:
-            async with pipeline.run(frames(), on_error=report) as run:
-                async for pred in run:
-                    await send(answer(pred))
+            try:
+                async with pipeline.run(frames(), on_error=report) as run:
+                    async for pred in run:
+                        await send(answer(pred))
+                code = 1001 if app.state.draining else 1000
+            except AiotimeError as error:
+                await send({"error": str(error)})
+                code = 1013  # try again later
             if websocket.client_state is WebSocketState.CONNECTED:
-                await websocket.close(1001 if app.state.draining else 1000)
+                await websocket.close(code)
         except WebSocketDisconnect:
             pass  # the client is gone, and the run with it
-        except AiotimeError as error:
-            await send({"error": str(error)})
-            await websocket.close(1013)  # try again later
         finally:
             app.state.streams.discard(task)
 
@@ -162,7 +164,7 @@ class DrainingServer(uvicorn.Server):
     """uvicorn stops listening at the first signal; this one drains first. Further signals mean what they mean to it."""
 
     def __init__(self, app: FastAPI) -> None:
-        super().__init__(uvicorn.Config(app, log_level="warning"))
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_WORDS))
         self._app = app
         self._loop = asyncio.get_running_loop()
         self._draining: asyncio.Task[None] | None = None

@@ -1,4 +1,4 @@
-"""Tests of aiotime.engine: adaptive depth, sharing of threads, time-outs, budgets, and the one place where a frame ends."""
+"""Tests of aiotime.engine: adaptive depth, sharing of threads, time-outs, and the one place where a frame ends."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -298,14 +299,15 @@ def test_folder_without_pictures_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n broken"])
 def test_a_broken_picture_is_named(tmp_path: Path, content: bytes) -> None:
-    """What has the name of a picture and is none fails in its turn, by name."""
+    """What has the name of a picture and is none stands in its place as an error, by name; the rest goes on."""
     write_picture(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(content)
-    iterator = iter(Folder(tmp_path))
-    next(iterator)
-    with pytest.raises(InputError, match=r"b\.png") as caught:
-        next(iterator)
-    assert (caught.value.frame, caught.value.key) == (1, "b.png")
+    write_picture(tmp_path / "c.png")
+    samples = list(Folder(tmp_path))
+    assert [sample.key for sample in samples] == ["a.png", "b.png", "c.png"]
+    error = samples[1].input
+    assert isinstance(error, InputError) and "b.png" in str(error)
+    assert (error.frame, error.key) == (1, "b.png")
 
 
 # ---------------------------------------------------------------------------------------------------- bytes
@@ -450,11 +452,12 @@ def test_json_lines_of_every_structure() -> None:
     ],
 )
 def test_a_bad_json_line_is_named_after_the_good_ones(line: str, message: str) -> None:
-    """The lines before it come out, even from the same read; the error has the line's number."""
-    frames = parser("jsonl", example=torch.zeros(1, 2)).feed(f"[[1, 2]]\n\n{line}\n".encode())
-    assert torch.equal(next(frames).input, torch.tensor([[1.0, 2.0]]))
-    with pytest.raises(InputError, match=rf"line 3 .*{message}"):
-        next(frames)
+    """It stands in its place as an error with the line's number; the lines around it come out."""
+    frames = list(parser("jsonl", example=torch.zeros(1, 2)).feed(f"[[1, 2]]\n\n{line}\n[[3, 4]]\n".encode()))
+    assert torch.equal(frames[0].input, torch.tensor([[1.0, 2.0]]))
+    assert isinstance(frames[1].input, InputError)
+    assert re.search(rf"line 3 .*{message}", str(frames[1].input))
+    assert torch.equal(frames[2].input, torch.tensor([[3.0, 4.0]]))
 
 
 def test_recordings_are_read_again_and_again(tmp_path: Path) -> None:
@@ -555,7 +558,7 @@ async def test_stdin_reads_files_and_memory_too(tmp_path: Path) -> None:
 async def test_stdin_cut_off_says_so_after_the_whole_frames() -> None:
     """The frames before the cut come out first."""
     seen = 0
-    with pytest.raises(InputError, match="within frame 2"):  # noqa: PT012 - the loop is what raises
+    with pytest.raises(InputError, match="within frame 2"):
         async for _ in Stdin(example=torch.zeros(2), format="raw", file=io.BytesIO(bytes(20))):
             seen += 1
     assert seen == 2

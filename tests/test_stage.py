@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import aiotime
-from aiotime import Stage, stage
+from aiotime import Stage
 from aiotime.channel import Channel
 from aiotime.devices import CpuDevice, InlineDevice
 from aiotime.devices.base import DeviceStream, Pending, Work
@@ -101,7 +102,7 @@ class Flaky:
 def test_retry_waits_twice_as_long_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The waits before further attempts double, and there is none after the last."""
     waits: list[float] = []
-    monkeypatch.setattr(stage.time, "sleep", waits.append)
+    monkeypatch.setattr(time, "sleep", waits.append)
     flaky = Flaky(3)
     assert with_retries(flaky, Retry(3, 0.1, None), "s", CpuDevice())("x") == "x"
     assert flaky.calls == 4
@@ -110,7 +111,7 @@ def test_retry_waits_twice_as_long_each_time(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_retry_gives_up_with_the_last_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """After n further attempts the last error counts."""
-    monkeypatch.setattr(stage.time, "sleep", lambda seconds: pytest.fail("backoff=0 must not sleep"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("backoff=0 must not sleep"))
     flaky = Flaky(10)
     with pytest.raises(ValueError, match="attempt 3"):
         with_retries(flaky, Retry(2, 0.0, None), "s", InlineDevice())("x")

@@ -140,9 +140,9 @@ def run(
         made = make(factory, example=example)
         found = sources.find(source, example=made.example, format=format)
         with ExitStack() as stack:
-            file = open_output(out, stack)
             with Live("measuring the model …", console=console, auto_refresh=False, transient=True):
                 pipeline = build(made, devices=devices, balance=balance, plan_file=plan_file, depth=depth)
+            file = open_output(out, stack)  # last: a wrong call must not cost what was written before
             writer = Writer(file, style=style, top=top)
             outcome = aiotime.run(Job(pipeline, found, writer, options).work())
     except ConfigurationError as error:

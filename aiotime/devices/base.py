@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aiotime.errors import DeadlineExceeded, FrameCancelled, FrameError, InputError, StageError
-from aiotime.observe.meter import Recorder, Tracer
+from aiotime.observe.meter import LOOP_LANE, Recorder, Tracer
 
 if TYPE_CHECKING:
     from aiotime.frame import Frame
@@ -60,7 +60,7 @@ class Pending:
         self.waiter: asyncio.Future[None] | None = None  # tasks on the loop, see `finished`
 
     async def finished(self) -> None:
-        """Wait until it is done: for the stage tasks of one pipeline, which share the future and are cancelled together."""
+        """Wait until it is done: for the stage tasks of one pipeline, which share the future and end together."""
         while not self.done:
             if self.waiter is None or self.waiter.done():
                 self.waiter = asyncio.get_running_loop().create_future()
@@ -175,7 +175,7 @@ class Completions:
         while posted:
             handle(posted.popleft())
         if tracer is not None:
-            tracer.slice("loop", "settle", start, time.perf_counter())
+            tracer.slice(LOOP_LANE, "settle", start, time.perf_counter())
 
 
 class DeviceStream(ABC):

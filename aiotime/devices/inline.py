@@ -29,9 +29,11 @@ class InlineStream(DeviceStream):
         self._now = now
         self._closed = False
         self._burst: torch.inference_mode | None = None
+        self._ended: dict[int, float] = {}  # by stage: when its newest job ended
 
     def bind(self, work: Work) -> None:
         work.recorders.append(Recorder(work.stage, self.name))
+        self._ended[work.index] = self._now()
 
     def launch(self, work: Work, frame: Frame, *, last: bool) -> Pending:
         mine = Pending(frame=frame if last else None)
@@ -48,6 +50,11 @@ class InlineStream(DeviceStream):
             recorder.passed += 1
         else:
             start = self._now()
+            idle = start - self._ended[work.index]
+            if work.starved():
+                recorder.idle_input += idle
+            else:
+                recorder.idle_output += idle
             try:
                 if work.grad:
                     self.ring()
@@ -60,7 +67,8 @@ class InlineStream(DeviceStream):
             except BaseException as cause:  # a CancelledError, too: it would end the stage's task without a word
                 mine.error = stage_failed(work, frame, cause)
                 recorder.failed += 1
-            recorder.add(start, self._now(), frame.index)
+            end = self._ended[work.index] = self._now()
+            recorder.add(start, end, frame.index)
         up.value = None
         mine.done = True
         if last:

@@ -198,8 +198,9 @@ class WorkerStream(DeviceStream):
     async def join(self) -> None:
         await asyncio.shield(self._all_gone)
         for worker in self._crew:
-            while worker.thread is not None and worker.thread.is_alive():
-                await asyncio.sleep(0)  # it has said good-bye: its last few instructions; join() would block the loop
+            # it has said good-bye: its last few instructions; join() would block the loop
+            while worker.thread is not None and worker.thread.is_alive():  # noqa: ASYNC110
+                await asyncio.sleep(0)
         patience = time.monotonic() + GRACE
         while any(w.thread is not None and w.thread.is_alive() for w in self._given_up):
             if time.monotonic() > patience:

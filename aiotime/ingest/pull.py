@@ -164,8 +164,9 @@ class ThreadPuller:
             return
         self._wanted.release()
         await asyncio.wait([self._gone], timeout=PATIENCE)
-        while self._gone.done() and self._thread.is_alive():
-            await asyncio.sleep(0)  # its last few instructions; join() would block the loop
+        # its last few instructions; join() would block the loop
+        while self._gone.done() and self._thread.is_alive():  # noqa: ASYNC110
+            await asyncio.sleep(0)
 
     def _pull(self) -> None:
         iterator: Iterator[Any] | None = None

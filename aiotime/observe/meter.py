@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from typing import Protocol
 
+LOOP_LANE = "loop"  # where a trace shows what the event loop does
 WINDOW = 1024  # newest durations kept for quantiles; a power of two, see Ring.add
 
 
@@ -16,6 +17,12 @@ class Tracer(Protocol):
 
     def slice(self, lane: str, name: str, start: float, end: float, frame: int | None = None) -> None:
         """Something called ``name`` occupied ``lane`` from ``start`` to ``end`` (seconds); any thread."""
+
+    def instant(self, lane: str, name: str, at: float, frame: int | None = None) -> None:
+        """Something called ``name`` happened on ``lane`` at ``at`` (seconds)."""
+
+    def counter(self, name: str, at: float, value: float) -> None:
+        """The quantity ``name`` is ``value`` from ``at`` (seconds) on."""
 
 
 class Ring:

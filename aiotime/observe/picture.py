@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from aiotime.observe.meter import LOOP_LANE
 from aiotime.observe.tables import count, duration, share
-from aiotime.observe.trace import LOOP_LANE, Slice, flows
+from aiotime.observe.trace import Slice, flows
 
 INK = "#1f2430"
 FAINT = "#7a8194"

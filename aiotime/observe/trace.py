@@ -18,8 +18,8 @@ from statistics import median_low
 from typing import Any, NamedTuple
 
 from aiotime.errors import ConfigurationError
+from aiotime.observe.meter import LOOP_LANE
 
-LOOP_LANE = "loop"
 PROCESS = 1  # the pid in the file: there is one process
 
 
@@ -46,8 +46,6 @@ class Trace:
 
     Events may be written by any thread at any time, also while the trace is read or saved.
     """
-
-    loop_lane = LOOP_LANE
 
     def __init__(self, *, limit: int = 200_000, name: str = "aiotime") -> None:
         if limit < 1:

@@ -56,7 +56,11 @@ class Folder:
     def __iter__(self) -> Iterator[Sample]:
         first: Tensor | None = None
         for index, file in enumerate(self._files):
-            picture = decode(file, index)
+            try:
+                picture = decode(file, index)
+            except InputError as error:  # this picture alone: it takes its place in the order, as a refused frame
+                yield Sample(error, key=file.name)
+                continue
             if self._conform is not None:
                 yield Sample(self._conform(picture), key=file.name)
                 continue

@@ -254,7 +254,10 @@ class JsonLines:
         for line in lines:
             self._line += 1
             if line.strip():
-                yield self._sample(line)
+                try:
+                    yield self._sample(line)
+                except InputError as error:  # this line alone: it takes its place in the order, as a refused frame
+                    yield Sample(error, key=error.key)
 
     def _sample(self, line: bytes) -> Sample:
         try:

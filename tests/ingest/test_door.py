@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from aiotime.errors import AiotimeError, ConfigurationError
 from aiotime.ingest.door import Door
 
+Log = list[str]
+
 
 class Guest:
     """An entrant that writes down when it entered; ``declines`` stands for one that was cancelled meanwhile."""
@@ -31,7 +33,7 @@ class Guest:
 
 def test_admits_up_to_the_budget() -> None:
     """As many enter at once as there are credits; the next waits for one to be given back."""
-    door, log = Door(2), []
+    door, log = Door(2), Log()
     assert [door.admit("run", Guest(name, log)) for name in "abc"] == [True, True, False]
     assert (door.used, door.waiting, door.full) == (2, 1, True)
     door.release(0)
@@ -41,7 +43,7 @@ def test_admits_up_to_the_budget() -> None:
 
 def test_turns_go_round_the_flows() -> None:
     """A flow with many entrants gets every second credit beside a flow with one after the other."""
-    door, log = Door(1), []
+    door, log = Door(1), Log()
     door.admit("x", Guest("first", log))
     for i in range(4):
         door.admit("submit", Guest(f"s{i}", log))
@@ -54,7 +56,7 @@ def test_turns_go_round_the_flows() -> None:
 
 def test_nobody_overtakes_who_waits() -> None:
     """Once somebody waits, `take` and `admit` do not hand a free credit to a newcomer."""
-    door, log = Door(2, 100), []
+    door, log = Door(2, 100), Log()
     door.admit("a", Guest("small", log, nbytes=60))
     door.admit("b", Guest("large", log, nbytes=60))  # waits for bytes, though a frame credit is free
     assert not door.admit("c", Guest("tiny", log, nbytes=1))
@@ -76,7 +78,7 @@ def test_take_asks_nobody() -> None:
 
 def test_a_declined_credit_goes_to_the_next() -> None:
     """A grant that meets somebody who left is not lost."""
-    door, log = Door(1), []
+    door, log = Door(1), Log()
     door.admit("a", Guest("a", log))
     door.admit("b", Guest("gone", log, declines=True))
     door.admit("c", Guest("c", log))
@@ -87,7 +89,7 @@ def test_a_declined_credit_goes_to_the_next() -> None:
 
 def test_declining_at_once_costs_nothing() -> None:
     """An entrant that declines at a free door leaves the credit there."""
-    door, log = Door(1), []
+    door, log = Door(1), Log()
     door.admit("a", Guest("gone", log, declines=True))
     assert door.used == 0
     assert door.admit("b", Guest("b", log))
@@ -95,7 +97,7 @@ def test_declining_at_once_costs_nothing() -> None:
 
 def test_byte_budget() -> None:
     """Bytes in flight stay within the budget, whatever number of frames would be allowed."""
-    door, log = Door(10, 100), []
+    door, log = Door(10, 100), Log()
     door.admit("a", Guest("a", log, nbytes=40))
     door.admit("a", Guest("b", log, nbytes=40))
     assert not door.admit("a", Guest("c", log, nbytes=40))
@@ -107,7 +109,7 @@ def test_byte_budget() -> None:
 
 def test_a_frame_larger_than_the_budget_goes_alone() -> None:
     """A frame that can never fit is admitted when nothing else is in flight, rather than never."""
-    door, log = Door(10, 100), []
+    door, log = Door(10, 100), Log()
     door.admit("a", Guest("small", log, nbytes=10))
     assert not door.admit("a", Guest("huge", log, nbytes=1000))
     assert not door.admit("b", Guest("later", log, nbytes=10))
@@ -121,7 +123,7 @@ def test_a_frame_larger_than_the_budget_goes_alone() -> None:
 
 def test_withdraw() -> None:
     """Whoever withdraws does not enter, and whoever waited behind it does at once where it fits."""
-    door, log = Door(10, 100), []
+    door, log = Door(10, 100), Log()
     door.admit("a", Guest("a", log, nbytes=60))
     large = Guest("large", log, nbytes=60)
     door.admit("b", large)
@@ -134,7 +136,7 @@ def test_withdraw() -> None:
 
 def test_withdraw_all() -> None:
     """Emptying the queue returns everybody who waited."""
-    door, log = Door(1), []
+    door, log = Door(1), Log()
     guests = [Guest(name, log) for name in "abc"]
     for guest in guests:
         door.admit(guest.name, guest)
@@ -144,7 +146,7 @@ def test_withdraw_all() -> None:
 
 def test_pause_and_pump() -> None:
     """A paused door admits nobody, not even into free credits, until it is pumped open."""
-    door, log = Door(3), []
+    door, log = Door(3), Log()
     door.paused = True
     door.admit("a", Guest("a", log))
     door.pump()
@@ -156,7 +158,7 @@ def test_pause_and_pump() -> None:
 
 def test_resize_up_admits_at_once_and_down_takes_nothing_away() -> None:
     """A larger budget lets the next in; a smaller one is kept from the next release on."""
-    door, log = Door(1), []
+    door, log = Door(1), Log()
     for name in "abcd":
         door.admit("x", Guest(name, log))
     door.resize(3, None)
@@ -181,7 +183,7 @@ def test_resize_refuses_nonsense() -> None:
 
 def test_an_entrant_may_settle_while_it_enters() -> None:
     """A credit that comes back during an entrance is given on once, without recursion."""
-    door, log = Door(1), []
+    door, log = Door(1), Log()
 
     class Quick(Guest):
         def enter(self) -> int | None:
@@ -207,7 +209,7 @@ def test_an_entrant_may_settle_while_it_enters() -> None:
 )
 def test_the_budget_holds(frames: int, nbytes: int | None, moves: list[tuple[str, int]]) -> None:
     """For any sequence of moves: nobody enters beyond the budget, nobody twice, nobody waits beside a free credit."""
-    door, log = Door(frames, nbytes), []
+    door, log = Door(frames, nbytes), Log()
     waiting: dict[str, Guest] = {}
     inside: list[Guest] = []
 

@@ -44,7 +44,7 @@ def test_refusals_say_what_was_expected_and_what_came(payload: Any, came: str) -
 
 def test_a_request_has_no_number() -> None:
     """Refusing a submitted request speaks of the request."""
-    with pytest.raises(InputError, match="^the request was refused"):
+    with pytest.raises(InputError, match=r"^the request was refused"):
         InputSpec(IMAGE).check(0)
 
 
@@ -81,7 +81,7 @@ def test_trees() -> None:
         spec.check({"image": IMAGE, "size": (torch.zeros(3), 1)})
     with pytest.raises(InputError, match="expected a int, got"):
         spec.check({"image": IMAGE, "size": (torch.zeros(2), "one")})
-    with pytest.raises(InputError, match="expected a dict of {'image': .* got a list of"):
+    with pytest.raises(InputError, match=r"expected a dict of .* got a list of"):
         spec.check([IMAGE])
 
 

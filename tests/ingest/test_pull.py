@@ -278,7 +278,7 @@ async def test_a_cancelled_wait_loses_no_item() -> None:
             yield i
 
     iterator = pull(gated(), room=lambda: 1)
-    waiting = asyncio.create_task(anext(iterator))
+    waiting = asyncio.ensure_future(anext(iterator))
     await asyncio.sleep(0)
     waiting.cancel()
     await asyncio.wait([waiting])

@@ -10,13 +10,16 @@ import asyncio
 import types
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from aiotime import Pipeline, Sample, SimulatedDevice, Stage, VirtualClock
 from aiotime.errors import StageError
+
+if TYPE_CHECKING:
+    from tests.conftest import Settle
 
 MOST = 400  # suspensions of a scenario
 
@@ -126,7 +129,7 @@ class Tape:
 @pytest.mark.asyncio
 @both
 @kinds
-async def test_a_consumer(kind: str, late: bool) -> None:
+async def test_a_consumer(kind: str, late: bool, settle: Settle) -> None:
     """Cancelled anywhere between opening a run and leaving it: credits back, source closed, others served."""
     async with chain(kind, plus, plus) as pipeline:
         tapes: list[Tape] = []
@@ -142,8 +145,7 @@ async def test_a_consumer(kind: str, late: bool) -> None:
         assert await for_every_k(scenario, late=late) > 3
         await asyncio.wait_for(pipeline.drain(), 20)
         pipeline.resume()
-        while not empty(pipeline):  # a close that was cancelled goes on in the background
-            await asyncio.sleep(0)
+        await settle(until=lambda: empty(pipeline))  # a close that was cancelled goes on in the background
         for tape in tapes:
             tape.check()
         assert (await pipeline.submit(1)).output == 3
@@ -184,7 +186,7 @@ async def test_a_consumer_that_goes_on(kind: str, late: bool) -> None:
 @pytest.mark.asyncio
 @both
 @kinds
-async def test_a_run_that_fails(kind: str, late: bool) -> None:
+async def test_a_run_that_fails(kind: str, late: bool, settle: Settle) -> None:
     """Cancelled anywhere in a run that ends with an error; nothing is left, no error is unhandled."""
 
     def bad(x: int) -> int:
@@ -205,8 +207,7 @@ async def test_a_run_that_fails(kind: str, late: bool) -> None:
                 await run.aclose()
 
         await for_every_k(scenario, late=late)
-        while not empty(pipeline):
-            await asyncio.sleep(0)
+        await settle(until=lambda: empty(pipeline))
         assert (await pipeline.submit(1)).output == 2
 
 
@@ -246,8 +247,13 @@ async def test_aclose_of_a_run(kind: str, late: bool) -> None:
         async def scenario() -> None:
             tape = Tape()
             run = pipeline.run(tape)
+
+            async def first() -> None:
+                async for _ in run:
+                    return
+
             try:
-                await asyncio.shield(asyncio.ensure_future(anext(run)))
+                await asyncio.shield(asyncio.ensure_future(first()))
                 await run.aclose()
             finally:
                 await asyncio.shield(asyncio.ensure_future(run.aclose()))

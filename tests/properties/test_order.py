@@ -1,4 +1,4 @@
-"""Whatever the completion order: order out = order in, each frame ends once, bounds hold, acknowledgements are one each.
+"""Whatever the completion order: order out = order in, each frame ends once and is acknowledged once, bounds hold.
 
 Hypothesis chooses how long each frame takes on each simulated stage, and so the order in which they complete.
 """
