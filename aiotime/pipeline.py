@@ -207,6 +207,7 @@ class Pipeline:
         self._runs = 0
         self._warm: asyncio.Task[None] | None = None
         self._tracer: Trace | None = None
+        self._last_stats: Stats | None = None
 
     def _finish(self, specs: list[StageSpec], first_guess: float | None) -> None:
         self._specs = specs
@@ -247,6 +248,7 @@ class Pipeline:
         self._entered = False
         engine, self._engine = self._engine, None
         if engine is not None:
+            self._last_stats = self._snapshot(engine)
             await engine.close()
         warm, self._warm = self._warm, None
         if warm is not None:
@@ -408,7 +410,8 @@ class Pipeline:
     async def drain(self) -> None:
         """Finish what was accepted, accept nothing new: requests are refused, runs stop pulling.
 
-        Returns when nothing is in flight and no request waits. `resume` opens the door again.
+        Returns when nothing is in flight and no request waits. `resume` opens the door again. What runs
+        have ready is still for their consumers to take: let them end before `aclose`, which gives it up.
         """
         engine = self._engine
         if engine is None:
@@ -513,15 +516,29 @@ class Pipeline:
     # ------------------------------------------------------------------ observation
 
     @property
+    def ready(self) -> bool:
+        """Would it take a request now: open, neither draining nor paused, and not broken? For health checks."""
+        engine = self._engine
+        return engine is not None and engine.error is None and not engine.draining and not engine.door.paused
+
+    @property
     def example(self) -> Any:
         """The example frame it was built with; None with `from_stages`."""
         return self._example
 
     def stats(self) -> Stats:
-        """A frozen snapshot of what the pipeline does now; prints as a table."""
-        engine = self._engine
-        if engine is None:
-            raise ClosedError(f"pipeline {self.name!r} is not open; it has statistics between opening and closing")
+        """A frozen snapshot of what the pipeline does now; prints as a table. Once closed: the last one.
+
+        Raises:
+            ClosedError: it was never open.
+        """
+        if self._engine is not None:
+            return self._snapshot(self._engine)
+        if self._last_stats is None:
+            raise ClosedError(f"pipeline {self.name!r} was never open; it has statistics from opening on")
+        return self._last_stats
+
+    def _snapshot(self, engine: Engine) -> Stats:
         elapsed = engine.now() - engine.opened
         latencies = engine.latencies.values()
         stages = []

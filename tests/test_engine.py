@@ -379,6 +379,10 @@ async def test_the_slices_of_a_trace_are_the_jobs() -> None:
         def slice(self, lane: str, name: str, start: float, end: float, frame: int | None = None) -> None:
             self.slices.append((lane, name, frame))
 
+        def instant(self, lane: str, name: str, at: float, frame: int | None = None) -> None: ...
+
+        def counter(self, name: str, at: float, value: float) -> None: ...
+
     async with opened(spec(name="a"), StageSpec("b", same, InlineDevice())) as engine:
         engine.trace_into(Tracer())
         owner = Owner()

@@ -53,6 +53,12 @@ class VirtualClock:
         heapq.heappush(self._heap, (max(when, self._now), next(self._order), action))
         self.touch()
 
+    async def sleep(self, seconds: float) -> None:
+        """Wait for virtual ``seconds``."""
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.call_at(self._now + seconds, lambda: None if woken.done() else woken.set_result(None))
+        await woken
+
     def touch(self) -> None:
         """Something happened: let the loop settle before time moves."""
         self._quiet = 0

@@ -213,3 +213,15 @@ def test_measuring_returns_the_stated_time() -> None:
     assert device.transfer_seconds(100, device) == 0.0
     assert device.place("module") == "module"
     assert repr(device) == "SimulatedDevice('sim:3')"
+
+
+@pytest.mark.asyncio
+async def test_sleeping_on_the_virtual_clock_takes_virtual_time() -> None:
+    """``sleep`` wakes at its tick, also beside a sleeper that was cancelled."""
+    clock = VirtualClock()
+    cancelled = asyncio.ensure_future(clock.sleep(1.0))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    await clock.sleep(2.5)
+    assert clock.now() == 2.5
+    assert cancelled.cancelled()
