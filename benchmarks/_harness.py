@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
+import datetime as dt
 import gc
 import importlib.util
 import json
@@ -18,6 +18,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, TypeVar
@@ -90,20 +91,15 @@ def machine() -> dict[str, str | int | float]:
     """The machine and the versions, in words; no path and no host name."""
     import aiotime
 
-    uvloop_version = "absent"
-    if "uvloop" in LOOPS:
-        import uvloop
-
-        uvloop_version = uvloop.__version__
     return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "system": f"{platform.system()} {platform.machine()}",
         "load": round(os.getloadavg()[0], 2),  # processes that wanted to run in the last minute, before us
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "uvloop": uvloop_version,
+        "uvloop": metadata.version("uvloop") if "uvloop" in LOOPS else "absent",
         "aiotime": aiotime.__version__,
     }
 
@@ -160,8 +156,9 @@ class Report:
         facts = self.machine
         self.say(f"# {question}", "")
         self.say(
-            f"{facts['date']} · {facts['processor']}, {facts['cores']} cores, {facts['system']}, load {facts['load']} · "
-            f"Python {facts['python']}, torch {facts['torch']}, uvloop {facts['uvloop']}, aiotime {facts['aiotime']}"
+            f"{facts['date']} · {facts['processor']}, {facts['cores']} cores, {facts['system']}, "
+            f"load {facts['load']} · Python {facts['python']}, torch {facts['torch']}, uvloop {facts['uvloop']}, "
+            f"aiotime {facts['aiotime']}"
         )
         self.say("", setup)
         if self._quick:
@@ -182,7 +179,11 @@ class Report:
         numeric = [bool(rows) and not isinstance(cell, str) for cell in (rows[0] if rows else columns)]
         self.say("", f"**{title}**", "")
         self.say(_line(columns, widths, numeric))
-        self.say(_line([("-" * (w - 1) + ":") if n else "-" * w for w, n in zip(widths, numeric, strict=True)], widths, numeric))
+        self.say(
+            _line(
+                [("-" * (w - 1) + ":") if n else "-" * w for w, n in zip(widths, numeric, strict=True)], widths, numeric
+            )
+        )
         for row in shown:
             self.say(_line(row, widths, numeric))
 

@@ -78,8 +78,8 @@ def main() -> None:
     report = Report(
         __file__,
         question=question or "",
-        setup=f"{layers} × (conv 5×5 with {CHANNELS} channels, ReLU), batch 1, float32; {rounds} rounds in turns, medians. "
-        f"aiotime: 2 CPU streams with 1 intra-op thread each, layers divided evenly, on {LOOPS[0]}, "
+        setup=f"{layers} × (conv 5×5 with {CHANNELS} channels, ReLU), batch 1, float32; {rounds} rounds in turns, "
+        f"medians. aiotime: 2 CPU streams with 1 intra-op thread each, layers divided evenly, on {LOOPS[0]}, "
         "measured while the stream goes on.",
         arguments=arguments,
     )
@@ -99,14 +99,10 @@ def main() -> None:
                 for name in measured.figures
             ],
         )
-        ours = "aiotime, two stages"
-        report.target(f"{size}×{size}: times one thread", measured.ratio(ours, "one thread"), OVER_ONE_THREAD, unit=" ×")
-        report.target(
-            f"{size}×{size}: times PyTorch's two threads",
-            measured.ratio(ours, "PyTorch's two threads"),
-            OVER_TWO_THREADS,
-            unit=" ×",
-        )
+        over_one = measured.ratio("aiotime, two stages", "one thread")
+        over_two = measured.ratio("aiotime, two stages", "PyTorch's two threads")
+        report.target(f"{size}×{size}: times one thread", over_one, OVER_ONE_THREAD, unit=" ×")
+        report.target(f"{size}×{size}: times PyTorch's two threads", over_two, OVER_TWO_THREADS, unit=" ×")
     report.finish()
 
 

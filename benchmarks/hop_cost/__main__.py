@@ -12,6 +12,7 @@ from benchmarks._costs import ping_pong, wake_ups
 from benchmarks._harness import LOOPS, Contender, Loop, Report, parser, run_on, take_turns
 from benchmarks.hop_cost import __doc__ as question
 from benchmarks.hop_cost.peers import (
+    Peer,
     executor_futures_in_queues,
     executor_one_at_a_time,
     for_loop,
@@ -25,6 +26,8 @@ DEPTHS = (2, 4, 16, 64)
 PEER_DEPTH = 64
 TARGET = 50_000  # frames/s
 OVER_EXECUTOR = 10  # times
+ONE_CALL = "queues + executor, one call in flight"  # per stage
+MANY_CALLS = "queues + executor, many in flight"
 
 
 def add_one(x: torch.Tensor) -> torch.Tensor:
@@ -55,29 +58,26 @@ def main() -> None:
     report = Report(
         __file__,
         question=question or "",
-        setup=f"{STAGES} stages, each x + 1 on {FRAME.numel()} floats on a CPU stream of its own with 1 intra-op thread; "
-        f"{number:,} frames, {rounds} rounds in turns, medians. Queues of the peers hold {PEER_DEPTH}.",
+        setup=f"{STAGES} stages, each x + 1 on {FRAME.numel()} floats on a CPU stream of its own with 1 intra-op "
+        f"thread; {number:,} frames, {rounds} rounds in turns, medians. Queues of the peers hold {PEER_DEPTH}.",
         arguments=arguments,
     )
 
     def ours(loop: Loop, depth: int | None) -> Contender:
         return lambda: run_on(loop, pipelined(number, depth=depth))
 
+    def peer(loop: Loop, peer: Peer) -> Contender:
+        return lambda: run_on(loop, peer(functions, FRAME, slow_number, PEER_DEPTH))
+
     contenders: dict[str, Contender] = {"for loop": partial(for_loop, functions, FRAME, number)}
     for loop in LOOPS:
         contenders[f"aiotime, {loop}"] = ours(loop, None)
-        for name, peer in (
-            ("queues + executor, one call in flight", executor_one_at_a_time),
-            ("queues + executor, many in flight", executor_futures_in_queues),
-        ):
-            contenders[f"{name}, {loop}"] = lambda loop=loop, peer=peer: run_on(
-                loop, peer(functions, FRAME, slow_number, depth=PEER_DEPTH)
-            )
-    contenders["threads + bounded queues"] = partial(threads_and_queues, functions, FRAME, slow_number, depth=PEER_DEPTH)
-    loop = LOOPS[0]
+        contenders[f"{ONE_CALL}, {loop}"] = peer(loop, executor_one_at_a_time)
+        contenders[f"{MANY_CALLS}, {loop}"] = peer(loop, executor_futures_in_queues)
+    contenders["threads + bounded queues"] = partial(threads_and_queues, functions, FRAME, slow_number, PEER_DEPTH)
     for depth in DEPTHS:
-        for each in LOOPS:
-            contenders[f"depth {depth}, {each}"] = ours(each, depth)
+        for loop in LOOPS:
+            contenders[f"depth {depth}, {loop}"] = ours(loop, depth)
     measured = take_turns(contenders, rounds=rounds)
     plain = 1 / measured.median("for loop")
 
@@ -122,8 +122,9 @@ def main() -> None:
             ),
         ],
     )
+    loop = LOOPS[0]
     report.target(f"frames/s, {loop}", measured.median(f"aiotime, {loop}"), TARGET)
-    for name in ("queues + executor, one call in flight", "queues + executor, many in flight"):
+    for name in (ONE_CALL, MANY_CALLS):
         report.target(
             f"times {name}, {loop}", measured.ratio(f"aiotime, {loop}", f"{name}, {loop}"), OVER_EXECUTOR, unit=" ×"
         )

@@ -10,13 +10,15 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import torch
 
 Function = Callable[[torch.Tensor], torch.Tensor]
+Ahead = asyncio.Future[torch.Tensor]
+Peer = Callable[[Sequence[Function], torch.Tensor, int, int], Coroutine[None, None, float]]
 
 
 async def frames_from(frame: torch.Tensor, number: int) -> AsyncIterator[torch.Tensor]:
@@ -42,9 +44,7 @@ def _prepare_thread() -> None:
     torch.inference_mode().__enter__()  # for the life of the thread: entering it per call costs a microsecond
 
 
-async def executor_one_at_a_time(
-    functions: Sequence[Function], frame: torch.Tensor, number: int, *, depth: int
-) -> float:
+async def executor_one_at_a_time(functions: Sequence[Function], frame: torch.Tensor, number: int, depth: int) -> float:
     """One task per stage: get, await run_in_executor, put. What most people write."""
 
     async def stage(
@@ -79,23 +79,24 @@ async def executor_one_at_a_time(
 
 
 async def executor_futures_in_queues(
-    functions: Sequence[Function], frame: torch.Tensor, number: int, *, depth: int
+    functions: Sequence[Function], frame: torch.Tensor, number: int, depth: int
 ) -> float:
     """The queues hold futures, so that each stage has up to ``depth`` calls waiting in its executor."""
-    Value = asyncio.Future[torch.Tensor]
 
-    async def stage(pool: ThreadPoolExecutor, fn: Function, inbox: asyncio.Queue[Value], outbox: asyncio.Queue[Value]) -> None:
+    async def stage(
+        pool: ThreadPoolExecutor, fn: Function, inbox: asyncio.Queue[Ahead], outbox: asyncio.Queue[Ahead]
+    ) -> None:
         loop = asyncio.get_running_loop()
         while True:
             value = await (await inbox.get())
             await outbox.put(loop.run_in_executor(pool, fn, value))
 
-    queues: list[asyncio.Queue[Value]] = [asyncio.Queue(depth) for _ in range(len(functions) + 1)]
+    queues: list[asyncio.Queue[Ahead]] = [asyncio.Queue(depth) for _ in range(len(functions) + 1)]
 
     async def feed() -> None:
         loop = asyncio.get_running_loop()
         async for value in frames_from(frame, number):
-            ready: Value = loop.create_future()
+            ready: Ahead = loop.create_future()
             ready.set_result(value)
             await queues[0].put(ready)
 
@@ -116,7 +117,7 @@ async def executor_futures_in_queues(
     return number / spent
 
 
-def threads_and_queues(functions: Sequence[Function], frame: torch.Tensor, number: int, *, depth: int) -> float:
+def threads_and_queues(functions: Sequence[Function], frame: torch.Tensor, number: int, depth: int) -> float:
     """No loop at all: a feeding thread, one thread per stage, bounded queues between them."""
     queues: list[queue.Queue[torch.Tensor | None]] = [queue.Queue(depth) for _ in range(len(functions) + 1)]
 
@@ -133,9 +134,7 @@ def threads_and_queues(functions: Sequence[Function], frame: torch.Tensor, numbe
             outbox.put(None)
 
     threads = [threading.Thread(target=feed)]
-    threads += [
-        threading.Thread(target=stage, args=(fn, queues[k], queues[k + 1])) for k, fn in enumerate(functions)
-    ]
+    threads += [threading.Thread(target=stage, args=(fn, queues[k], queues[k + 1])) for k, fn in enumerate(functions)]
     start = time.perf_counter()
     for thread in threads:
         thread.start()

@@ -47,7 +47,11 @@ class Series:
     @classmethod
     def empty(cls) -> Series:
         """Room for all samples, so that keeping them takes no memory while we look at memory."""
-        return cls(*(array("d", bytes(8 * (SAMPLES + 2))) for _ in range(5)))
+
+        def room() -> array[float]:
+            return array("d", bytes(8 * (SAMPLES + 2)))
+
+        return cls(room(), room(), room(), room(), room())
 
     def sample(self, frame: int) -> None:
         """Look once."""
@@ -141,9 +145,9 @@ def main() -> None:
     report = Report(
         __file__,
         question=question or "",
-        setup=f"{frames:,} frames of {FLOATS} fresh floats (4 KiB) with each policy through 2 CPU stages with 1 intra-op "
-        f"thread each, {LOOPS[0]}; the consumer sleeps after every 64 predictions. Compared with the value after the "
-        f"first {WARM_UP:.0%} of the frames.",
+        setup=f"{frames:,} frames of {FLOATS} fresh floats (4 KiB) with each policy through 2 CPU stages with 1 "
+        f"intra-op thread each, {LOOPS[0]}; the consumer sleeps after every 64 predictions. Compared with the "
+        f"value after the first {WARM_UP:.0%} of the frames.",
         arguments=arguments,
     )
     policies: tuple[Policy, ...] = ("wait", "latest")
@@ -175,7 +179,18 @@ def main() -> None:
             report.say("", f"{policy}: Python's own allocations went from {traced[0]:,.0f} to {traced[-1]:,.0f} KiB.")
     report.table(
         "Resident memory (MiB)",
-        ["overflow", "out", "shed", "seconds", "after warm-up", "least", "most", "at the end", "most tasks", "most threads"],
+        [
+            "overflow",
+            "out",
+            "shed",
+            "seconds",
+            "after warm-up",
+            "least",
+            "most",
+            "at the end",
+            "most tasks",
+            "most threads",
+        ],
         rows,
     )
     path = report.figure_path()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import aiotime
-from benchmarks._harness import LOOPS, Contender, Report, parser, run_on, take_turns
+from benchmarks._harness import LOOPS, Contender, Report, Rounds, parser, run_on, take_turns
 from benchmarks.hop_cost.peers import frames_from
 from benchmarks.not_worth_cutting import __doc__ as question
 
@@ -51,6 +51,15 @@ async def pipelined(pipeline: aiotime.Pipeline, frame: torch.Tensor, number: int
         return number / (time.perf_counter() - start)
 
 
+def compare(model: nn.Module, pipeline: aiotime.Pipeline, frame: torch.Tensor, number: int, *, rounds: int) -> Rounds:
+    """The plain loop and the pipeline, in turns."""
+    contenders: dict[str, Contender] = {
+        "plain": lambda: sequential(model, frame, number),
+        "aiotime": lambda: run_on(LOOPS[0], pipelined(pipeline, frame, number)),
+    }
+    return take_turns(contenders, rounds=rounds)
+
+
 def main() -> None:
     arguments = parser(question or "").parse_args()
     quick = arguments.quick
@@ -69,16 +78,10 @@ def main() -> None:
         ("linear 16, ReLU, linear 16 → 4", tiny(), torch.rand(1, 16), 20_000, None),
     ]
     rows: list[list[str | float]] = []
-    for name, model, frame, number, bound in cases:
-        number = 40 if quick else number
+    for name, model, frame, most, bound in cases:
+        number = 40 if quick else most
         pipeline = aiotime.Pipeline(copy.deepcopy(model), example=frame, devices=["cpu:0", "cpu:1"], balance="measured")
-        contenders: dict[str, Contender] = {
-            "plain": lambda model=model, frame=frame, number=number: sequential(model, frame, number),
-            "aiotime": lambda pipeline=pipeline, frame=frame, number=number: run_on(
-                LOOPS[0], pipelined(pipeline, frame, number)
-            ),
-        }
-        measured = take_turns(contenders, rounds=rounds)
+        measured = compare(model, pipeline, frame, number, rounds=rounds)
         assert pipeline.plan is not None
         ratio, plain, ours = measured.ratio("aiotime", "plain"), measured.median("plain"), measured.median("aiotime")
         where = " + ".join(stage.device for stage in pipeline.plan.stages)

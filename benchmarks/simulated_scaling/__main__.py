@@ -52,8 +52,8 @@ def main() -> None:
     report = Report(
         __file__,
         question=question or "",
-        setup=f"Simulated devices on one virtual clock, one stage each; adaptive depth, {LOOPS[0]}. Exact: no rounds, no "
-        "noise. One device would take devices × frames virtual seconds for the same work.",
+        setup=f"Simulated devices on one virtual clock, one stage each; adaptive depth, {LOOPS[0]}. Exact: no rounds, "
+        "no noise. One device would take devices × frames virtual seconds for the same work.",
         arguments=arguments,
     )
     rows: list[list[str | float]] = []
@@ -61,9 +61,10 @@ def main() -> None:
         frames = 12 * count if quick else max(1_000, 100 * count)
         progress(f"{count} devices, {frames} frames")
         outcome = run_on(LOOPS[0], simulate([1.0] * count, frames))
-        whole = count * frames / outcome.total
+        hops = count * frames
+        whole = hops / outcome.total
         steady = count / outcome.steady
-        rows.append([str(count), frames, outcome.total, whole, steady, outcome.real, outcome.real / (count * frames) * 1e6])
+        rows.append([str(count), frames, outcome.total, whole, steady, outcome.real, outcome.real / hops * 1e6])
         if count in TARGETS:
             report.target(f"{count} devices: times one device, whole stream", whole, TARGETS[count], unit=" ×")
     report.table(
@@ -71,7 +72,8 @@ def main() -> None:
         ["devices", "frames", "virtual s", "speed-up, whole stream", "speed-up, steady", "real s", "real µs per hop"],
         rows,
     )
-    rows, worst = [], 0.0
+    rows = []
+    worst = 0.0
     chance = random.Random(0)
     for count in (2, 3) if quick else (2, 4, 8, 16, 32):
         seconds = [chance.uniform(0.1, 1.0) for _ in range(count)]

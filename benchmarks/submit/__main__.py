@@ -8,7 +8,7 @@ import time
 import torch
 
 import aiotime
-from benchmarks._harness import LOOPS, Contender, Report, parser, run_on, take_turns
+from benchmarks._harness import LOOPS, Contender, Loop, Report, parser, run_on, take_turns
 from benchmarks.hop_cost.peers import frames_from
 from benchmarks.submit import __doc__ as question
 
@@ -97,6 +97,15 @@ async def burst(concurrent: int, tally: Tally) -> float:
     return concurrent / spent
 
 
+def on_one(loop: Loop, number: int, concurrent: int, tally: Tally) -> dict[str, Contender]:
+    """The contenders on one kind of loop."""
+    return {
+        f"run(), {loop}": lambda: run_on(loop, stream(number, tally)),
+        f"submit(), {loop}": lambda: run_on(loop, kept_up(number, concurrent, tally)),
+        f"one burst of submit(), {loop}": lambda: run_on(loop, burst(concurrent, tally)),
+    }
+
+
 def main() -> None:
     arguments = parser(question or "").parse_args()
     number, concurrent, rounds = (1_000, 100, 1) if arguments.quick else (20_000, CONCURRENT, 9)
@@ -106,16 +115,14 @@ def main() -> None:
         __file__,
         question=question or "",
         setup=f"{STAGES} stages, each x + 1 on 16 floats on a CPU stream of its own with 1 intra-op thread; {number:,} "
-        f"requests by {concurrent:,} clients, or frames of one run(); every answer is kept and compared; {rounds} rounds "
-        "in turns, medians.",
+        f"requests by {concurrent:,} clients, or frames of one run(); every answer is kept and compared; {rounds} "
+        "rounds in turns, medians.",
         arguments=arguments,
     )
     tally = Tally()
     contenders: dict[str, Contender] = {}
     for loop in LOOPS:
-        contenders[f"run(), {loop}"] = lambda loop=loop: run_on(loop, stream(number, tally))
-        contenders[f"submit(), {loop}"] = lambda loop=loop: run_on(loop, kept_up(number, concurrent, tally))
-        contenders[f"one burst of submit(), {loop}"] = lambda loop=loop: run_on(loop, burst(concurrent, tally))
+        contenders |= on_one(loop, number, concurrent, tally)
     measured = take_turns(contenders, rounds=rounds)
     report.table(
         f"{concurrent:,} requests at once",
@@ -135,7 +142,8 @@ def main() -> None:
     report.target("requests lost", tally.lost, 0, at_most=True)
     report.target("requests that got another's answer", tally.wrong, 0, at_most=True)
     loop = LOOPS[0]
-    report.target(f"submit() over run(), {loop}", measured.ratio(f"submit(), {loop}", f"run(), {loop}"), OF_RUN, unit=" ×")
+    over_run = measured.ratio(f"submit(), {loop}", f"run(), {loop}")
+    report.target(f"submit() over run(), {loop}", over_run, OF_RUN, unit=" ×")
     report.finish()
 
 
