@@ -5,7 +5,7 @@ The rooms, from the top; a module imports only from rooms below it:
     cli                          aiotime run | plan | demo
     streams, sources             aiostream operators; video, folders, cameras, stdin
     pipeline                     Pipeline: build, open, run, submit, drain, weights, statistics
-    runs                         Run: one stream, in order, with its errors
+    runs, requests, weights      one stream, in order, with its errors; one submitted frame; a weight swap
     engine                       an open pipeline on one loop; where a frame ends
     ingest, stage, planning      the door; the stage task; trace, measure, cut
     devices, channel, frame      where work runs; bounded queues; what travels

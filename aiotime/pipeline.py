@@ -491,7 +491,9 @@ class Pipeline:
             for key, value in self._model.state_dict().items():
                 if key in missing:
                     given[key] = given.get(tied.get((value.data_ptr(), value.shape), ""), own[key])
-        swap = Swap(self._load_stage, {key: tensor.detach().clone() for key, tensor in given.items()})
+        with torch.inference_mode(mode=False):  # ordinary tensors, whatever mode the caller is in
+            copied = {key: tensor.detach().clone() for key, tensor in given.items()}
+        swap = Swap(self._load_stage, copied)
         engine = self._engine
         if engine is None or engine.error is not None:
             for stage in range(len(self._specs)):

@@ -72,8 +72,7 @@ async def _wake_ups(number: int, pause: float) -> WakeUps:
     thread.start()
     to_thread, to_loop, both = [], [], []
     for _ in range(number):
-        if pause:
-            await asyncio.sleep(pause)
+        await asyncio.sleep(pause)
         future: asyncio.Future[float] = loop.create_future()
         box.append(future)
         start = time.perf_counter()

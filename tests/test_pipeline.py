@@ -318,12 +318,12 @@ async def test_requests_need_an_open_pipeline() -> None:
     pipeline = Pipeline.from_stages([same])
     with pytest.raises(ClosedError, match="use 'async with pipeline:'"):
         await pipeline.submit(1)
+    with pytest.raises(ClosedError):
+        pipeline.stats()
     async with pipeline:
         await pipeline.submit(1)
     with pytest.raises(ClosedError):
         await pipeline.submit(1)
-    with pytest.raises(ClosedError):
-        pipeline.stats()
 
 
 @pytest.mark.asyncio
@@ -732,8 +732,10 @@ async def test_a_swap_that_fails_holds_up_nobody() -> None:
 async def test_weights_stay_fit_for_learning() -> None:
     """Loaded weights are ordinary tensors, not inference tensors, and keep requires_grad."""
     model = small()
+    with torch.inference_mode():
+        state = {key: value.clone() for key, value in model.state_dict().items()}
     async with await built(model) as pipeline:
-        await pipeline.load_state_dict(model.state_dict())
+        await pipeline.load_state_dict(state)
         for piece in pipeline._pieces:
             for parameter in piece.module.parameters():
                 assert parameter.requires_grad

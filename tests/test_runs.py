@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from aiotime import Pipeline, Run, Sample, SimulatedDevice, Stage, VirtualClock
@@ -446,6 +447,27 @@ async def test_a_frame_that_expires_at_the_door_never_enters() -> None:
 
 
 @pytest.mark.asyncio
+async def test_an_expired_frame_gives_its_place_to_none_that_is_larger() -> None:
+    """When a frame expires at the door, the one behind it enters only if its own bytes fit."""
+    clock = VirtualClock()
+    most: list[int] = []
+
+    def weigh(x: np.ndarray[Any, Any]) -> int:
+        assert pipeline._engine is not None
+        most.append(pipeline._engine.door.used_bytes)
+        return x.nbytes
+
+    stage = Stage(weigh, device=SimulatedDevice(0, seconds=1.0, clock=clock))
+    pipeline = Pipeline.from_stages([stage], depth=9, budget=9, budget_bytes=100)
+    deadlines = {30: 0.5}
+    samples = [Sample(np.zeros(n, dtype=np.uint8), deadline=deadlines.get(n)) for n in (40, 40, 30, 90)]
+    run = pipeline.run(samples, overflow="drop_oldest", window=9)
+    assert [pred.output async for pred in run] == [40, 40, 90]
+    assert most == [80, 40, 90]
+    assert clock.now() == 3.0
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize("deadline", [0, -1.0, float("nan"), float("inf")])
 async def test_deadlines_are_positive(deadline: float) -> None:
     """A deadline that has always passed, or never will, is refused."""
@@ -767,6 +789,20 @@ async def test_closing_a_pipeline_behind_a_finished_source_loses_nothing(settle:
         assert (await anext(run)).index == 0
         await settle(until=lambda: pipeline.stats().in_flight == 0 and run._state.ended)
     assert [pred.index async for pred in run] == [1, 2, 3, 4]
+
+
+@pytest.mark.asyncio
+async def test_leaving_while_waiting_at_the_door(settle: Settle) -> None:
+    """A run that is closed while it waits for a credit waits there no more."""
+    tape = Tape()
+    async with Pipeline.from_stages([same]) as pipeline:
+        pipeline.pause()
+        async with pipeline.run(tape):
+            await settle()
+            assert pipeline.stats().waiting == 1
+        assert pipeline.stats().waiting == 0
+        assert gone(pipeline)
+    assert tape.outcomes == {"FrameCancelled": 1}
 
 
 @pytest.mark.asyncio

@@ -335,7 +335,7 @@ async def test_infer_raises_the_error_of_its_source(tiny_pipeline: Any) -> None:
 
     source = stream.iterate(Tape(2, error=OSError("gone"))) | pipe.map(full)
     seen = 0
-    with pytest.raises(SourceError, match="gone"):  # noqa: PT012 - the loop is what raises
+    with pytest.raises(SourceError, match="gone"):
         async with (source | streams.infer(tiny_pipeline)).stream() as streamer:
             async for _ in streamer:
                 seen += 1

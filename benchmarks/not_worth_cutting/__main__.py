@@ -78,7 +78,7 @@ def main() -> None:
         ("linear 16, ReLU, linear 16 → 4", tiny(), torch.rand(1, 16), 20_000, None),
     ]
     rows: list[list[str | float]] = []
-    for name, model, frame, most, bound in cases:
+    for name, model, frame, most, bound in cases[:1] if quick else cases:  # planning one takes seconds
         number = 40 if quick else most
         pipeline = aiotime.Pipeline(copy.deepcopy(model), example=frame, devices=["cpu:0", "cpu:1"], balance="measured")
         measured = compare(model, pipeline, frame, number, rounds=rounds)

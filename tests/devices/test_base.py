@@ -128,6 +128,18 @@ async def test_nothing_is_announced_without_a_ring(settle: Settle) -> None:
     assert seen == [0, 1]
 
 
+@pytest.mark.asyncio
+async def test_every_burst_is_announced(settle: Settle) -> None:
+    """After one burst was handed over the next one wakes the loop again."""
+    seen: list[object] = []
+    completions = Completions(asyncio.get_running_loop(), lambda pending: seen.append(pending.value))
+    for i in range(5):
+        completions.put(Pending(i))
+        completions.ring()
+        await settle()
+        assert seen == list(range(i + 1))
+
+
 def test_ringing_a_closed_loop_is_harmless() -> None:
     """A worker that outlives the loop tells nobody and goes on."""
     loop = asyncio.new_event_loop()

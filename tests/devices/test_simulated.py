@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -176,6 +177,33 @@ async def test_closing_takes_no_more_and_finishes_what_runs(settle: Settle) -> N
         await settle(3)
     assert [type(x) for x in await asyncio.gather(*answers, return_exceptions=True)] == [ClosedError] * 3
     assert clock.now() in (0.0, 1000.0)
+
+
+@pytest.mark.asyncio
+async def test_new_weights_wait_until_every_worker_is_free() -> None:
+    """A swap waits for the frames before it on all workers, and the frames behind it wait for the swap."""
+
+    class Weight(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.w
+
+    clock = VirtualClock()
+    device = SimulatedDevice(0, seconds=lambda work, frame: 10.0 if clock.now() == 0.0 else 1.0, clock=clock)
+    async with Pipeline.from_stages([Stage(Weight(), device=device, name="s", workers=3)], depth=4) as pipeline:
+        old = asyncio.create_task(pipeline.submit(torch.zeros(1)))
+        await asyncio.sleep(0)
+        swap = asyncio.create_task(pipeline.load_state_dict({"s.w": torch.ones(1)}))
+        await asyncio.sleep(0)
+        new = [asyncio.create_task(pipeline.submit(torch.zeros(1))) for _ in range(3)]
+        assert (await old).output.item() == 0.0
+        await swap
+        assert clock.now() == 10.0
+        assert [(await answer).output.item() for answer in new] == [1.0] * 3
+        assert clock.now() == 11.0
 
 
 @pytest.mark.asyncio

@@ -360,6 +360,36 @@ async def test_a_job_that_takes_too_long_is_given_up(bench: Bench, settle: Settl
 
 
 @pytest.mark.asyncio
+async def test_closing_waits_for_the_replacement(bench: Bench, settle: Settle) -> None:
+    """The end of a given-up thread is not taken for that of the worker in its place."""
+    gates, inside = [bench.gate(), bench.gate()], [threading.Event(), threading.Event()]
+    threads: list[threading.Thread] = []
+
+    def fn(x: int) -> int:
+        threads.append(threading.current_thread())
+        inside[x].set()
+        gates[x].wait()
+        return x
+
+    stream, each = bench.stream(), work(fn, timeout=60.0)
+    stream.bind(each)
+    for i in range(2):
+        stream.launch(each, frame(i, i), last=True)
+    stream.ring()
+    await settle(until=inside[0].is_set)
+    stream.pulse(time.perf_counter() + 61.0)
+    gates[0].set()
+    await settle(until=lambda: inside[1].is_set() and not threads[0].is_alive())
+    stream.close()
+    joining = asyncio.create_task(stream.join())
+    await settle()
+    assert not joining.done()
+    gates[1].set()
+    await joining
+    assert not threads[1].is_alive()
+
+
+@pytest.mark.asyncio
 async def test_a_thread_that_never_ends_does_not_hold_up_the_closing_for_ever(
     bench: Bench, settle: Settle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,6 +96,11 @@ def plus(x: int) -> int:
     return x + 1
 
 
+def closed() -> bool:
+    """No closing that was cancelled goes on in the background."""
+    return not [task for task in asyncio.all_tasks() if task.get_name().startswith("close:")]
+
+
 def empty(pipeline: Pipeline) -> bool:
     engine = pipeline._engine
     return engine is None or not (engine.door.used or engine.frames or engine.door.full or engine.runs)
@@ -285,7 +290,7 @@ async def test_load_state_dict(late: bool) -> None:
 @pytest.mark.asyncio
 @both
 @kinds
-async def test_async_with_pipeline(kind: str, late: bool) -> None:
+async def test_async_with_pipeline(kind: str, late: bool, settle: Settle) -> None:
     """Opening, using and closing a pipeline cancelled at any await leaves no task and no thread; it opens again."""
     pipeline = chain(kind, plus, plus)
 
@@ -296,11 +301,12 @@ async def test_async_with_pipeline(kind: str, late: bool) -> None:
     assert await for_every_k(scenario, late=late) > 2
     async with pipeline:
         assert (await pipeline.submit(1)).output == 3
+    await settle(until=closed)
 
 
 @pytest.mark.asyncio
 @both
-async def test_async_with_pipeline_that_warms_up(late: bool) -> None:
+async def test_async_with_pipeline_that_warms_up(late: bool, settle: Settle) -> None:
     """The same with a warm-up in between."""
     pipeline = await asyncio.to_thread(
         Pipeline,
@@ -316,6 +322,7 @@ async def test_async_with_pipeline_that_warms_up(late: bool) -> None:
             await pipeline.submit(torch.zeros(1, 2))
 
     assert await for_every_k(scenario, late=late) > 3
+    await settle(until=closed)
 
 
 @pytest.mark.asyncio
