@@ -208,6 +208,7 @@ class Pipeline:
         self._warm: asyncio.Task[None] | None = None
         self._tracer: Trace | None = None
         self._last_stats: Stats | None = None
+        self._paused = False
 
     def _finish(self, specs: list[StageSpec], first_guess: float | None) -> None:
         self._specs = specs
@@ -275,6 +276,7 @@ class Pipeline:
             first_guess=self._first_guess,
         )
         engine.trace_into(self._tracer)
+        engine.door.paused = self._paused
         engine.start()
         if self._warm_up and self._example is not None:
             engine.door.paused = True
@@ -295,7 +297,7 @@ class Pipeline:
             if error := future.exception():
                 engine.end(BrokenError(f"warm-up of pipeline {self.name!r} failed: {error}"))
         engine.reset_counters()
-        engine.door.paused = False
+        engine.door.paused = self._paused
         engine.door.pump()
 
     # Host, as runs see it
@@ -425,11 +427,13 @@ class Pipeline:
 
     def pause(self) -> None:
         """Admit nothing until `resume`; frames in flight go on, callers and sources wait."""
+        self._paused = True
         if self._engine is not None:
             self._engine.door.paused = True
 
     def resume(self) -> None:
         """Open the door again after `pause` or `drain`."""
+        self._paused = False
         if self._engine is not None:
             self._engine.draining = False
             self._engine.door.paused = False
@@ -493,7 +497,7 @@ class Pipeline:
                     given[key] = given.get(tied.get((value.data_ptr(), value.shape), ""), own[key])
         with torch.inference_mode(mode=False):  # ordinary tensors, whatever mode the caller is in
             copied = {key: tensor.detach().clone() for key, tensor in given.items()}
-        swap = Swap(self._load_stage, copied)
+        swap = Swap(self._load_stage, copied, stages=len(self._specs))
         engine = self._engine
         if engine is None or engine.error is not None:
             for stage in range(len(self._specs)):

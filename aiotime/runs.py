@@ -158,6 +158,8 @@ class RunState:
         try:
             iterator = pull(self.source, room=self._room)
             async for item in iterator:
+                if self._fed:
+                    break  # told to end; this source swallowed the cancellation
                 frame = self._make(item)
                 del item
                 if wait and self._enter_directly(frame):
