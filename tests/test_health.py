@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 import torch
 
-import aiotime
+from aiotime import Pipeline, Stage
 from aiotime.errors import ClosedError
 
 
@@ -21,7 +21,7 @@ def double(x: int) -> int:
 @pytest.mark.asyncio
 async def test_ready_says_whether_a_request_would_be_taken() -> None:
     """Closed, paused and draining pipelines are not ready; open ones are."""
-    pipeline = aiotime.Pipeline.from_stages([double])
+    pipeline = Pipeline.from_stages([double])
 
     def ready() -> bool:
         return pipeline.ready
@@ -45,7 +45,7 @@ async def test_ready_says_whether_a_request_would_be_taken() -> None:
 @pytest.mark.asyncio
 async def test_the_last_statistics_outlive_the_pipeline() -> None:
     """A run that opens and closes the pipeline by itself leaves its numbers behind."""
-    pipeline = aiotime.Pipeline.from_stages([double])
+    pipeline = Pipeline.from_stages([double])
     with pytest.raises(ClosedError, match="never open"):
         pipeline.stats()
     assert [pred.output async for pred in pipeline.run(range(5))] == [0, 2, 4, 6, 8]
@@ -75,9 +75,7 @@ async def test_closing_in_the_middle_of_a_swap_leaves_no_half_new_weights() -> N
         gate.wait()
         return x
 
-    pipeline = aiotime.Pipeline.from_stages(
-        [aiotime.Stage(Weight(), name="a"), gated, aiotime.Stage(Weight(), name="b")], depth=2
-    )
+    pipeline = Pipeline.from_stages([Stage(Weight(), name="a"), gated, Stage(Weight(), name="b")], depth=2)
     async with pipeline:
         request = asyncio.ensure_future(pipeline.submit(torch.zeros(())))
         await asyncio.to_thread(inside.wait)
@@ -108,7 +106,7 @@ async def test_a_source_that_swallows_cancellation_cannot_hold_up_the_end() -> N
             yield number
             number += 1
 
-    pipeline = aiotime.Pipeline.from_stages([double])
+    pipeline = Pipeline.from_stages([double])
     async with asyncio.timeout(10), pipeline.run(stubborn()) as run:
         async for pred in run:
             if pred.index == 3:
@@ -120,7 +118,7 @@ async def test_a_pause_holds_before_opening_and_through_warm_up() -> None:
     """Paused while closed, it opens with a closed door, warm-up or not; ``resume`` lets frames in."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     pipeline = await asyncio.to_thread(
-        lambda: aiotime.Pipeline(model, example=torch.zeros(1, 2), devices=["cpu:0"], balance="even", warm_up=2)
+        lambda: Pipeline(model, example=torch.zeros(1, 2), devices=["cpu:0"], balance="even", warm_up=2)
     )
     pipeline.pause()
     async with pipeline:

@@ -348,7 +348,7 @@ async def test_draining_lets_a_stream_finish(doomed: Server, client: httpx.Async
 
 
 async def test_a_goodbye_behind_unanswered_frames_is_no_error(gated: Server, client: httpx.AsyncClient) -> None:
-    """20 frames and the closing frame arrive at once: the first answer finds nobody, and the run ends quietly."""
+    """20 frames and the closing frame arrive at once: the answers find nobody, and the run ends quietly."""
     async with stream(gated) as socket:
         for number in range(20):
             socket.protocol.send_binary(number_frame(number))
@@ -358,7 +358,8 @@ async def test_a_goodbye_behind_unanswered_frames_is_no_error(gated: Server, cli
         before = await until(ask, lambda stats: stats["in_flight"] == DEPTH)
         gated.let_through(DEPTH)  # the second is at the gate already when the first finds nobody
         after = await until(ask, lambda stats: stats["in_flight"] == stats["waiting"] == 0)
-        assert after["frames_out"] == before["frames_out"] + 1
+        # the goodbye is seen by whoever comes first: the reader of the socket, or the first answer
+        assert after["frames_out"] - before["frames_out"] in (0, 1)
 
 
 async def test_sigterm_under_load_loses_no_accepted_request(client: httpx.AsyncClient) -> None:
