@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any, Protocol
 
 from aiotime.devices.base import Clock, Completions, DeviceStream, Pending, Work
-from aiotime.devices.worker import WorkerStream
+from aiotime.devices.worker import COALESCE, PATIENCE, WorkerStream
 from aiotime.errors import AiotimeError, BrokenError, ClosedError
 from aiotime.frame import NOBODY, Control, Frame, Owner
 from aiotime.ingest.door import Door
@@ -26,6 +26,7 @@ from aiotime.stage import StageRunner, StageSpec
 BEAT = 0.005  # seconds between looks at timeouts and announcements, while frames are in flight
 DEEPEST = 64  # launches in flight per worker for stages of microseconds
 SHALLOWEST = 2  # and for heavy ones
+RAREST = 16  # beats between two looks at what the stages take
 SHORT = 30e-6  # seconds; below this a job costs less than the thread switch to it
 RECENT = 33  # newest jobs that a stage's time is the median of
 WORK_AHEAD = 1e-3  # seconds of launches in flight that an adaptive depth aims at
@@ -97,6 +98,8 @@ class Engine:
         self._beating = False
         self._closed = False
         self._seen: list[int] = []
+        self._pause = 1  # beats between two looks at what the stages take
+        self._until_look = 0
         self._task: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._open_streams()
@@ -304,10 +307,15 @@ class Engine:
             return
         if self.tracer is not None:
             self._trace_queues(self.tracer)
-        times = self._times()
-        self._share_threads(times)
-        if self.adaptive and any(times):
-            self._adapt(max(t / stage.spec.workers for t, stage in zip(times, self.stages, strict=True)))
+        self._until_look -= 1
+        if self._until_look <= 0:
+            # often at first, when depth and sharing are found; then rarely, as looking costs what a small job costs
+            self._pause = min(2 * self._pause, RAREST)
+            self._until_look = self._pause
+            times = self._times()
+            self._share_threads(times)
+            if self.adaptive and any(times):
+                self._adapt(max(t / stage.spec.workers for t, stage in zip(times, self.stages, strict=True)))
         self._beating = bool(self.frames)
         if self._beating:
             self.loop.call_later(BEAT, self._beat)
@@ -338,6 +346,10 @@ class Engine:
                 stream.lend(None)
             if stream.host is None:
                 host, host_seconds = stream, seconds
+        patience = PATIENCE if 0.0 < max(times) < SHORT else COALESCE
+        for each in self.streams:
+            if isinstance(each, WorkerStream):
+                each.patience = patience
 
     def _adapt(self, slowest: float) -> None:
         """Set the depth by what the slowest stage takes."""

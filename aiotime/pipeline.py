@@ -202,6 +202,7 @@ class Pipeline:
         self._depth, self._budget, self._budget_bytes, self._warm_up = depth, budget, budget_bytes, warm_up
         self._modules: dict[str, torch.nn.Module] = {}
         self._engine: Engine | None = None
+        self._closing: Engine | None = None
         self._entered = False  # opened by hand: stays open between runs
         self._leases = 0
         self._runs = 0
@@ -249,10 +250,14 @@ class Pipeline:
         self._entered = False
         engine, self._engine = self._engine, None
         if engine is not None:
-            self._last_stats = self._snapshot(engine)
-            await engine.close()
+            self._last_stats, self._closing = self._snapshot(engine), engine
+        engine = self._closing
+        if engine is not None and not engine.loop.is_closed():  # else what it had ended with its loop
+            await engine.close()  # a second caller waits as the first does
+        if self._closing is engine:
+            self._closing = None
         warm, self._warm = self._warm, None
-        if warm is not None:
+        if warm is not None and not warm.done():
             await asyncio.wait([warm])
 
     def _open(self) -> Engine:
@@ -305,6 +310,8 @@ class Pipeline:
     def lease(self) -> Engine:
         """The open engine, opened if need be; to be given back."""
         engine = self._open()
+        if engine.error is not None:
+            raise engine.error
         if engine.draining:
             raise ClosedError(f"pipeline {self.name!r} is draining and takes no new runs")
         self._leases += 1
@@ -396,7 +403,9 @@ class Pipeline:
         engine.counts["in"] += 1
         engine.door.admit("submit", request)
         try:
-            return await request.future
+            prediction = await request.future
+            request.handed_over()
+            return prediction
         except asyncio.CancelledError:
             request.cancel()
             raise

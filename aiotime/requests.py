@@ -73,6 +73,11 @@ class Request:
             self._fail(DeadlineExceeded("the request's deadline passed before it was answered", key=self.frame.key))
             self._withdraw()
 
+    def handed_over(self) -> None:
+        """Whoever waited has the prediction."""
+        if self.frame.ack is not None:
+            self._acknowledge(None)
+
     def cancel(self) -> None:
         """Whoever waited was cancelled."""
         if self.future.cancelled():  # else it had its answer already, and that was counted
@@ -90,8 +95,7 @@ class Request:
         if frame.error is None:
             self.engine.counts["out"] += 1
             future.set_result(Prediction(frame.value, 0, frame.key, None, None, frame.latency, 0))
-            if frame.ack is not None:
-                self._acknowledge(None)
+            frame.value = frame.input = None  # an idle stage task still knows its last frame
         else:
             self._fail(frame.error)
 

@@ -179,7 +179,9 @@ class RunState:
                 self.error = SourceError(f"the source was cancelled after {self.counts['in']} frames")
                 self.error.__cause__ = cause
             raise
-        except Exception as cause:  # noqa: BLE001 - raised to the consumer, after the frames before it
+        except (KeyboardInterrupt, SystemExit):
+            raise  # they belong to the loop
+        except BaseException as cause:  # noqa: BLE001 - raised to the consumer, after the frames before it
             if isinstance(cause, ConfigurationError) and iterator is None:
                 self.error = cause
             else:
@@ -382,6 +384,7 @@ class RunState:
         gap = frame.index - self._last_index - 1
         self._last_index = frame.index
         prediction = Prediction(frame.value, frame.index, frame.key, None, None, frame.latency, gap)
+        frame.value = frame.input = None  # an idle stage task still knows its last frame
         if frame.ack is not None:
             self._acknowledge(frame, None)
         return prediction

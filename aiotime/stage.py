@@ -25,7 +25,7 @@ from aiotime.frame import Frame
 DeadLetter = Callable[[Frame, FrameError], Any]
 OnError = Literal["raise", "skip"] | DeadLetter
 
-INLINE_SLICE = 500e-6  # seconds of inline work in a row before the loop gets a turn
+INLINE_SLICE = 1e-3  # seconds of inline work in a row before the loop gets a turn
 
 
 @dataclass(frozen=True, slots=True)

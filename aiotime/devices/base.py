@@ -128,8 +128,12 @@ def stage_failed(work: Work, frame: Frame, cause: BaseException) -> FrameError:
     if isinstance(cause, InputError):  # a check of the input that ran on the device: still a refusal at the door
         cause.frame, cause.key = frame.index, frame.key
         return cause.with_traceback(None)
+    try:
+        said = str(cause)
+    except Exception:  # one that cannot say what it is must not end the worker
+        said = "(its message cannot be shown)"
     error = StageError(
-        f"stage {work.stage!r} failed at frame {frame.index}: {type(cause).__name__}: {cause}",
+        f"stage {work.stage!r} failed at frame {frame.index}: {type(cause).__name__}: {said}",
         stage=work.stage,
         frame=frame.index,
         key=frame.key,

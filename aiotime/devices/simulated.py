@@ -203,7 +203,9 @@ class SimulatedStream(DeviceStream):
             else:
                 try:
                     mine.value = work.fn(up.value)
-                except Exception as cause:
+                except (KeyboardInterrupt, SystemExit):
+                    raise  # they belong to the loop
+                except BaseException as cause:  # a CancelledError, too: the frame would never settle
                     mine.error = stage_failed(work, frame, cause)
                     recorder.failed += 1
             recorder.add(start, self._clock.now(), frame.index)

@@ -28,6 +28,7 @@ from aiotime.frame import NOBODY, Frame
 from aiotime.observe.meter import Recorder
 
 COALESCE = 200e-6  # seconds that announcements may wait for company
+PATIENCE = 2e-3  # the same where every job is shorter than a thread switch
 ORPHAN_CHECK = 1.0  # seconds between looks at the main thread while idle
 GRACE = 5.0  # seconds that join() waits for a worker that its stage's timeout gave up
 
@@ -88,6 +89,7 @@ class WorkerStream(DeviceStream):
         self._closed = False
         self._all_gone: asyncio.Future[None] = completions.loop.create_future()
         self._alive = workers
+        self.patience = COALESCE  # seconds that announcements may wait; set by who knows how long the jobs are
 
     # ------------------------------------------------------------------ called on the loop
 
@@ -177,11 +179,12 @@ class WorkerStream(DeviceStream):
                 worker.announce()
             if worker.claim and worker.started:
                 try:
-                    work = worker.claim[0][0]
+                    job = worker.claim[0]
                 except IndexError:
                     continue
-                if work.timeout is not None and now - worker.started > work.timeout:
-                    self._give_up(position, worker, now)
+                timeout = job[0].timeout  # read before `started`: a job begun meanwhile makes that newer, never older
+                if timeout is not None and now - worker.started > timeout:
+                    self._give_up(position, worker, job, now)
 
     def close(self) -> None:
         if self._closed:
@@ -286,7 +289,7 @@ class WorkerStream(DeviceStream):
                         completions.put(mine)
                         if completions not in bells:
                             bells.append(completions)
-                    if bells and (end - worker.since > COALESCE or not jobs):
+                    if bells and (end - worker.since > self.patience or not jobs):
                         worker.announce()
                     del job, work, up, frame, mine, action, error, bell  # hold nothing while asleep
         finally:
@@ -348,12 +351,13 @@ class WorkerStream(DeviceStream):
             self._completions.ring()
         return mine
 
-    def _give_up(self, position: int, worker: Worker, now: float) -> None:
+    def _give_up(self, position: int, worker: Worker, job: Job, now: float) -> None:
         """The running job has taken too long: settle its frame, leave the thread to itself, hire another."""
         try:
-            work, up, frame, mine, _ = worker.claim.pop()
-        except IndexError:
-            return  # it finished just now
+            worker.claim.remove(job)
+        except ValueError:
+            return  # it finished just now, and the next one may have begun
+        work, up, frame, mine, _ = job
         worker.retired = True
         mine.error = StageTimeout(
             f"stage {work.stage!r} took longer than {work.timeout} s at frame {frame.index}; its thread was given up",

@@ -49,6 +49,7 @@ class InputSpec:
 
     def __init__(self, example: Any, *, dynamic: Dynamic = None) -> None:
         leaves, self._structure = pytree.tree_flatten_with_path(_to_tensors(example))
+        self._skeleton = pytree.tree_unflatten([None] * len(leaves), self._structure)
         self._leaves: list[_Leaf | Any] = []
         for path, leaf in leaves:
             where = pytree.keystr(path)
@@ -90,6 +91,9 @@ class InputSpec:
             raise refuse(self.expected(), f"an array torch cannot hold ({error})") from None
         leaves, structure = pytree.tree_flatten(payload)
         if structure != self._structure:
+            payload = _in_order(payload, self._skeleton)
+            leaves, structure = pytree.tree_flatten(payload)
+        if structure != self._structure:
             raise refuse(self.expected(), _describe(payload))
         for want, got in zip(self._leaves, leaves, strict=True):
             if not isinstance(want, _Leaf):
@@ -129,11 +133,19 @@ def require_finite(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def payload_bytes(payload: Any) -> int:
-    """Bytes of the tensors and arrays in a payload."""
+    """Bytes of the tensors, arrays and byte strings in a payload."""
     if type(payload) is torch.Tensor:
-        return payload.nbytes
+        return _leaf_bytes(payload)
     leaves = pytree.tree_leaves(payload)
-    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor) or is_array(leaf))
+    return sum(map(_leaf_bytes, leaves))
+
+
+def _leaf_bytes(leaf: Any) -> int:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.numel() * leaf.element_size()  # a sparse tensor has no nbytes
+    if isinstance(leaf, bytes | bytearray):  # an encoded image, say
+        return len(leaf)
+    return int(leaf.nbytes) if is_array(leaf) or isinstance(leaf, memoryview) else 0
 
 
 def is_array(value: Any) -> bool:
@@ -150,6 +162,15 @@ def _to_tensors(payload: Any) -> Any:
     if isinstance(payload, dict | tuple | list):
         return pytree.tree_map(lambda x: torch.from_numpy(x) if is_array(x) else x, payload)
     return payload
+
+
+def _in_order(value: Any, like: Any) -> Any:
+    """``value`` with the keys of its dicts in the order of those of ``like``; other differences stay."""
+    if type(value) is dict and type(like) is dict and value.keys() == like.keys():
+        return {key: _in_order(value[key], like[key]) for key in like}
+    if type(value) in (list, tuple) and type(value) is type(like) and len(value) == len(like):
+        return type(value)(map(_in_order, value, like))
+    return value
 
 
 def _short(dtype: torch.dtype) -> str:
