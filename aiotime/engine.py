@@ -27,7 +27,7 @@ BEAT = 0.005  # seconds between looks at timeouts and announcements, while frame
 DEEPEST = 64  # launches in flight per worker for stages of microseconds
 SHALLOWEST = 2  # and for heavy ones
 RAREST = 16  # beats between two looks at what the stages take
-SHORT = 30e-6  # seconds; below this a job costs less than the thread switch to it
+SHORT = 50e-6  # seconds; below this a job costs less than the thread switch to it
 RECENT = 33  # newest jobs that a stage's time is the median of
 WORK_AHEAD = 1e-3  # seconds of launches in flight that an adaptive depth aims at
 

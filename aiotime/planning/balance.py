@@ -19,8 +19,11 @@ from aiotime.planning.rehearsal import can_rehearse, rehearse
 from aiotime.planning.traced import Traced
 
 MARGIN = 0.05  # more stages must be faster by this share, or fewer are taken
-INLINE = 500e-6  # seconds; a single stage on the host up to this long runs on the loop: a thread hop costs more
+SHORT = 1e-3  # seconds; below this a frame's hops, completions and share of the GIL weigh, and none are rehearsed
+SHORT_MARGIN = 0.4  # so that there more stages must be faster by this share
+INLINE = 1e-3  # seconds; a single stage on the host up to this long runs on the loop: a thread hop costs more
 HOP = 20e-6  # seconds to hand a frame from one thread of the host to the next: queue, wake-up, the loop's share
+SMALL = 100e-6  # seconds; layers of less are mostly Python and the GIL
 _REHEARSALS = 3  # numbers of stages that are tried out
 
 
@@ -175,7 +178,8 @@ def _choose(
         tried.append(_rehearsed(traced, example, devices, candidate, seconds / _REHEARSALS) if real else candidate)
     best = min(one.bottleneck for one in tried)
     tried.sort(key=lambda one: one.stages)
-    chosen = next(one for one in tried if one.bottleneck * (1 - MARGIN) <= best)
+    margin = SHORT_MARGIN if real and tried[0].bottleneck <= SHORT else MARGIN
+    chosen = next(one for one in tried if one.bottleneck * (1 - margin) <= best)
     return chosen, [one for one in tried if one is not chosen]
 
 
@@ -201,8 +205,12 @@ def _advice(traced: Traced, devices: Sequence[Device], chosen: _Candidate, refus
         verdict = f"{ratio:.1f} times as long as" if ratio > 1.05 else "about as long as"
         return (
             f"{taken}: {closest.stages} stages side by side take {_microseconds(closest.bottleneck)} a frame, "
-            f"{verdict} {chosen.stages} ({_microseconds(chosen.bottleneck)}): the layers are too small, their threads "
-            "wait for each other."
+            f"{verdict} {chosen.stages} ({_microseconds(chosen.bottleneck)}): "
+            + (
+                "the layers are too small, their threads wait for each other."
+                if chosen.bottleneck <= SMALL * len(traced.layers)
+                else "the stages share what they need (cores, caches, memory), with each other or with other programs."
+            )
         )
     return f"{taken}: more stages would not be faster, as the slowest stage could not become shorter."
 
