@@ -23,6 +23,7 @@ SHORT = 1e-3  # seconds; below this a frame's hops, completions and share of the
 SHORT_MARGIN = 0.4  # so that there more stages must be faster by this share
 INLINE = 1e-3  # seconds; a single stage on the host up to this long runs on the loop: a thread hop costs more
 HOP = 20e-6  # seconds to hand a frame from one thread of the host to the next: queue, wake-up, the loop's share
+TINY = 30e-6  # seconds; models whose mean layer takes less stay on one thread
 SMALL = 100e-6  # seconds; layers of less are mostly Python and the GIL
 _REHEARSALS = 3  # numbers of stages that are tried out
 
@@ -171,6 +172,8 @@ def _choose(
     tried = [candidate for candidate in candidates if candidate.stages == 1]
     others = sorted((candidate for candidate in candidates if candidate.stages > 1), key=lambda one: one.bottleneck)
     real = can_rehearse(devices)
+    if real and tried and tried[0].bottleneck <= TINY * len(traced.layers):
+        others = []  # two threads of such layers were slower than one wherever it was measured
     for rehearsal, candidate in enumerate(others):
         best = min((one.bottleneck for one in tried), default=float("inf"))
         if candidate.bottleneck >= best * (1 - MARGIN) or (real and rehearsal >= _REHEARSALS):
@@ -198,6 +201,12 @@ def _advice(traced: Traced, devices: Sequence[Device], chosen: _Candidate, refus
     taken = f"{chosen.stages} of {len(devices)} devices {'is' if chosen.stages == 1 else 'are'} used"
     if len(traced.layers) <= chosen.stages:
         return f"The model has {len(traced.layers)} layers, so {taken}."
+    each = chosen.bottleneck / len(traced.layers)
+    if chosen.stages == 1 and each <= TINY and not refused:
+        return (
+            f"{taken}: the layers take {_microseconds(each)} each, mostly Python; on several threads they would wait "
+            "for each other (the GIL) longer than they would gain."
+        )
     slower = [one for one in refused if one.stages > chosen.stages]
     if slower:
         closest = min(slower, key=lambda one: one.bottleneck)
