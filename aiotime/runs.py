@@ -216,13 +216,23 @@ class RunState:
         if sample is not None:
             frame.key, frame.target, frame.ack = sample.key, sample.target, sample.ack
             deadline = sample.deadline if sample.deadline is not None else deadline
+        refused: InputError | None = None
         if deadline is not None:
             frame.deadline = frame.arrived + deadline
+            if not deadline > 0:
+                refused = InputError(
+                    f"frame {index} was refused: its deadline is a positive number of seconds after arrival, "
+                    f"not {deadline}",
+                    frame=index,
+                    key=frame.key,
+                )
         if self.keep_input:
             frame.input = payload
         tail = frame.tail
         assert tail is not None
         try:
+            if refused is not None:
+                raise refused
             tail.value = self.host.inspect(payload, index, frame.key)
         except InputError as error:
             frame.settled, frame.error, frame.tail = True, error, None

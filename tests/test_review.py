@@ -156,3 +156,43 @@ def test_byte_strings_and_sparse_tensors_have_a_size() -> None:
     """The byte budget sees encoded frames too."""
     assert payload_bytes({"image": b"12345", "more": bytearray(2)}) == 7
     assert payload_bytes(torch.zeros(2, 2).to_sparse()) == 16
+
+
+@pytest.mark.asyncio
+async def test_an_idle_worker_takes_a_ready_job_from_behind_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two workers a frame that is ready is not held up by the one before it, still in the stage before."""
+    monkeypatch.setattr("aiotime.devices.worker.ORPHAN_CHECK", 60.0)  # nobody wakes by chance
+    gate, second_done = threading.Event(), threading.Event()
+
+    def first(number: int) -> int:
+        if number == 0:
+            gate.wait()
+        return number
+
+    def second(number: int) -> int:
+        if number == 1:
+            second_done.set()
+        return number
+
+    pipeline = Pipeline.from_stages([Stage(first, workers=2), Stage(second, workers=2)], depth=2)
+    try:
+        async with pipeline, pipeline.run(range(2)) as run:
+            head = asyncio.ensure_future(run.__anext__())
+            assert await asyncio.to_thread(second_done.wait, 10)
+            gate.set()
+            assert (await head).output == 0
+            assert (await run.__anext__()).output == 1
+    finally:
+        gate.set()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("deadline", [0.0, -1.0, float("nan")])
+async def test_a_sample_with_an_impossible_deadline_is_refused_in_its_turn(deadline: float) -> None:
+    """It fails as a refused frame; the frames around it come out."""
+    letters: list[str] = []
+    pipeline = Pipeline.from_stages([lambda value: value])
+    source = [Sample(1), Sample(2, deadline=deadline), Sample(3, deadline=60.0)]
+    run = pipeline.run(source, on_error=lambda frame, error: letters.append(str(error)))
+    assert [pred.output async for pred in run] == [1, 3]
+    assert len(letters) == 1 and "deadline is a positive number" in letters[0]

@@ -167,7 +167,7 @@ class WorkerStream(DeviceStream):
             return
         try:
             head = self._jobs[0]
-            if head is None or head[1].done:
+            if head is None or head[1].done or self.workers > 1:  # a later job may be ready before the head is
                 for _ in range(min(len(self._jobs), len(idle))):
                     idle.pop().ring()
         except IndexError:
