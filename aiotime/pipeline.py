@@ -1,4 +1,7 @@
-"""Pipeline: what people hold. Builds stages from a plan or by hand, opens and closes them, answers requests."""
+"""Pipeline: what people hold. Builds stages from a plan or by hand, opens and closes them, answers requests.
+
+Longer than most modules: it is the public face, half of it docstrings; the work is done in the rooms below.
+"""
 
 from __future__ import annotations
 

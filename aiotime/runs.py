@@ -4,6 +4,8 @@
 
 Order is the window's: frames stand in it as they entered and leave from its head once settled. The user
 holds Run and the tasks hold RunState, so a Run that is dropped is noticed and cleaned up.
+
+Longer than most modules: feeding, window, failures and the end of one run are one state machine, read as one.
 """
 
 from __future__ import annotations

@@ -37,13 +37,11 @@ class CpuStream(WorkerStream):
         )
 
     def perform(self, work: Work, up: Pending, mine: Pending, worker: Worker) -> None:
-        if up.event is not None:
-            up.event.synchronize()
         if work.grad:
             with torch.inference_mode(mode=False):
-                mine.value = work.fn(up.value)
+                super().perform(work, up, mine, worker)
         else:
-            mine.value = work.fn(up.value)
+            super().perform(work, up, mine, worker)
 
 
 class CpuDevice(Device):
