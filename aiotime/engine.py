@@ -17,8 +17,11 @@ from typing import Any, Protocol
 from aiotime.devices.base import Clock, Completions, DeviceStream, Pending, Work
 from aiotime.devices.worker import COALESCE, PATIENCE, WorkerStream
 from aiotime.errors import AiotimeError, BrokenError, ClosedError
-from aiotime.frame import NOBODY, Control, Frame, Owner
+from aiotime.frame import NOBODY, Control, Frame, Owner, Prediction
 from aiotime.ingest.door import Door
+from aiotime.learning.course import Barrier, Course
+from aiotime.learning.desk import Agenda, Desk
+from aiotime.learning.rule import Rule
 from aiotime.observe.log import get_logger
 from aiotime.observe.meter import Ring, Tracer
 from aiotime.stage import StageRunner, StageSpec
@@ -59,6 +62,7 @@ class Engine:
         frames: the budget of frames in flight; None: depth x workers.
         nbytes: the budget of payload bytes in flight; None: no limit.
         first_guess: seconds of the slowest stage, where a plan knows; starts an adaptive depth.
+        rule: how the stages that have ``hands`` learn.
     """
 
     def __init__(
@@ -71,8 +75,10 @@ class Engine:
         nbytes: int | None,
         clock: Clock,
         first_guess: float | None = None,
+        rule: Rule | None = None,
     ) -> None:
         self.name = name
+        self.course = None if rule is None else Course(rule, len(specs), asyncio.get_running_loop())
         self.specs = list(specs)
         self.clock = clock
         self.now = clock.now
@@ -109,21 +115,29 @@ class Engine:
 
     def _open_streams(self) -> None:
         shared: dict[tuple[str, str], DeviceStream] = {}
+        agendas: dict[DeviceStream, Agenda] = {}
         try:
             for index, spec in enumerate(self.specs):
                 following = self.specs[index + 1].device if index + 1 < len(self.specs) else None
-                work = Work(
-                    spec.fn,
-                    stage=spec.name,
-                    index=index,
-                    workers=spec.workers,
-                    timeout=spec.timeout,
-                    host_output=following is None or following.on_host,
-                )
-                work.starved = self._starved(work)
                 stream = self._stream_for(spec, shared)
-                stream.bind(work)
-                self.stages.append(StageRunner(spec, work, stream, self.depth * spec.workers, self.ready))
+                desk = self._desk(spec, index, stream, agendas)
+                host_output = following is None or following.on_host
+                if desk is not None:
+                    desk.works[0].host_output = host_output
+                works = desk.works if desk is not None else (
+                    Work(
+                        spec.fn,
+                        stage=spec.name,
+                        index=index,
+                        workers=spec.workers,
+                        timeout=spec.timeout,
+                        host_output=host_output,
+                    ),
+                )  # fmt: skip
+                for work in works:
+                    work.starved = self._starved(works[0])
+                    stream.bind(work)
+                self.stages.append(StageRunner(spec, works[0], stream, self.depth * spec.workers, self.ready, desk))
                 self._seen.append(0)
         except BaseException:
             for stream in self.streams:
@@ -141,6 +155,26 @@ class Engine:
         if spec.workers == 1 and device.shares_stream:
             shared[key] = stream
         return stream
+
+    def _desk(
+        self, spec: StageSpec, index: int, stream: DeviceStream, agendas: dict[DeviceStream, Agenda]
+    ) -> Desk | None:
+        """For a stage that learns: what decides the order of its jobs."""
+        if self.course is None or spec.hands is None or spec.order is None:
+            return None
+        spec.hands.reset()
+        desk = Desk(
+            spec.hands,
+            spec.order,
+            stage=spec.name,
+            index=index,
+            stages=len(self.specs),
+            agenda=agendas.setdefault(stream, Agenda()),
+            host_below=index > 0 and self.specs[index - 1].device.on_host,
+            failed=self.course.backward_failed(spec.name),
+        )
+        self.course.add(desk, stream)
+        return desk
 
     def start(self) -> None:
         """Start the stage tasks."""
@@ -172,6 +206,8 @@ class Engine:
             self.error = why
         for stage in self.stages:
             stage.inbox.abort(self.error)
+        if self.course is not None:
+            self.course.abort(self.error)
         for entrant in self.door.withdraw_all():
             entrant.refused(self.error)
         for frame in list(self.frames):
@@ -276,8 +312,11 @@ class Engine:
             self.latencies.add(frame.latency)
         self.frames.discard(frame)
         self.door.release(frame.nbytes)
-        if self._idle and not self.frames:
-            self._tell_idle()
+        if not self.frames:
+            if self._idle:
+                self._tell_idle()
+            if self.course is not None and frame.control is None:
+                self.course.quiet(self._flush_idle)
         owner, frame.owner = frame.owner, NOBODY  # a request and its frame must not wait for the garbage collector
         owner.settled(frame)
 
@@ -287,6 +326,29 @@ class Engine:
             future: asyncio.Future[None] = self.loop.create_future()
             self._idle.append(future)
             await future
+
+    async def flush(self) -> None:
+        """Wait until every frame that entered so far has been learned from."""
+        if self.course is None or self.error is not None:
+            return
+        barrier = Barrier(self.loop.create_future())
+        self.enter_control(barrier, barrier)
+        assert barrier.done is not None
+        await asyncio.shield(barrier.done)
+
+    def _flush_idle(self) -> None:
+        if self.error is None and not self.frames:
+            barrier = Barrier()
+            self.enter_control(barrier, barrier)
+
+    def prediction(self, frame: Frame, index: int, gap: int) -> Prediction:
+        """What the consumer gets of a settled frame."""
+        ticket = frame.ticket
+        if ticket is None:
+            return Prediction(frame.value, index, frame.key, None, None, frame.latency, gap)
+        output, loss = frame.value
+        loss = None if loss is None else float(loss)  # on the host by now
+        return Prediction(output, index, frame.key, loss, tuple(ticket.delays), frame.latency, gap)
 
     def _tell_idle(self) -> None:
         for future in self._idle:
@@ -332,6 +394,8 @@ class Engine:
 
     def _share_threads(self, times: list[float]) -> None:
         """Neighbours whose jobs are shorter than a thread switch run on one worker, until they grow."""
+        if self.course is not None:
+            return  # a desk's jobs stay on the worker that its agenda rings
         host: WorkerStream | None = None
         host_seconds = 0.0
         for stage, seconds in zip(self.stages, times, strict=True):

@@ -9,6 +9,7 @@ AiotimeError
 ├── WouldBlock              a ``*_nowait`` call could not be served at once
 ├── BrokenError             the other side broke: a stage task or a device died, everything ends
 ├── SourceError             the source raised; ``__cause__`` is what it raised
+├── FeedbackError           a target came for a frame that is not kept (any more)
 ├── FailureBudgetExceeded   more frames failed than the run allows; ``__cause__`` is the last failure
 └── FrameError              one frame did not make it; carries ``stage``, ``frame`` and ``key``
     ├── InputError          refused at the door: wrong shape, dtype, structure, NaN (also a ValueError)
@@ -54,6 +55,10 @@ class WouldBlock(AiotimeError):
 
 class BrokenError(AiotimeError):
     """The other side broke: a stage task or a device died and everything that depended on it ends."""
+
+
+class FeedbackError(AiotimeError, LookupError):
+    """A target came for a frame that does not wait for one (any more); the message says why."""
 
 
 class SourceError(AiotimeError):

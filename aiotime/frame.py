@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     from aiotime.devices.base import Pending
 
 
+class Later:
+    """The type of `LATER`."""
+
+    def __repr__(self) -> str:
+        return "aiotime.LATER"
+
+
+LATER = Later()  # a Sample's target that is not known yet
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
     """One item of a stream with what goes beside it.
@@ -21,12 +31,14 @@ class Sample:
         input: the payload: a tensor (one argument of the model), a tuple (positional arguments) or
             a dict (keyword arguments); for a stage made of a function, any object. An `InputError` stands
             for a frame that the source could not read: it is refused in its turn, as ``on_error`` says.
-        target: what the model should have said; only a learner reads it.
+        target: what the model should have said; only a learner reads it. None: predict only. `LATER`: it will
+            come by `Pipeline.feedback`, under this sample's ``key``.
         key: who this frame belongs to (camera, user, request); comes back as ``Prediction.key``.
         deadline: seconds after its arrival within which the frame must start its last stage;
             an expired frame is shed before it is computed.
         ack: called on the event loop exactly once when the frame has left the pipeline: with
             ``None`` when its prediction was handed over, with the error when it was shed or failed.
+        cut: a new scene begins with this frame: no gradient crosses from the frames before it.
 
     Example:
         >>> sample = aiotime.Sample(torch.zeros(1, 3), key="camera 1", deadline=0.1)
@@ -39,6 +51,7 @@ class Sample:
     key: Hashable = None
     deadline: float | None = None
     ack: Callable[[BaseException | None], None] | None = None
+    cut: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +63,8 @@ class Prediction:
         index: position of the frame in its run, from 0; shed and failed frames keep their number.
         key: the ``Sample.key`` it came with.
         loss: the frame's loss where a learner computed one.
-        delay: per stage, how many updates its weights lacked; ``None`` without a learner.
+        delay: per stage, how many earlier frames' updates its weights lacked when this frame passed; ``None``
+            without a learner.
         latency: seconds from the frame's arrival at the door to its result.
         dropped_before: frames of this run shed or failed since the previous prediction.
     """
@@ -112,6 +126,7 @@ class Frame:
         "settled",
         "tail",
         "target",
+        "ticket",
         "value",
     )
 
@@ -122,6 +137,7 @@ class Frame:
         self.arrived = arrived  # seconds on the pipeline's clock
         self.key: Hashable = None
         self.target: Any = None
+        self.ticket: Any = None  # aiotime.learning.ticket.Ticket, in a pipeline that learns
         self.deadline: float | None = None  # absolute, on the pipeline's clock
         self.ack: Callable[[BaseException | None], None] | None = None
         self.control: Control | None = None

@@ -37,6 +37,8 @@ class Request:
         self.frame = frame = engine.new_frame(self, 0, payload)
         if sample is not None:
             frame.key, frame.target, frame.ack = sample.key, sample.target, sample.ack
+        if engine.course is not None:
+            engine.course.enrol(frame, cut=sample is not None and sample.cut)
         if keep_input:
             frame.input = payload
         self.future: asyncio.Future[Prediction] = engine.loop.create_future()
@@ -94,7 +96,7 @@ class Request:
             return
         if frame.error is None:
             self.engine.counts["out"] += 1
-            future.set_result(Prediction(frame.value, 0, frame.key, None, None, frame.latency, 0))
+            future.set_result(self.engine.prediction(frame, 0, 0))
             frame.value = frame.input = None  # an idle stage task still knows its last frame
         else:
             self._fail(frame.error)

@@ -236,6 +236,8 @@ class RunState:
             if refused is not None:
                 raise refused
             tail.value = self.host.inspect(payload, index, frame.key)
+            if engine.course is not None:
+                engine.course.enrol(frame, cut=sample is not None and sample.cut)
         except InputError as error:
             frame.settled, frame.error, frame.tail = True, error, None
         return frame
@@ -352,6 +354,12 @@ class RunState:
         elif self.window and self.window[0] is frame:
             self._wake_ready()
 
+    def learning_failed(self, error: AiotimeError) -> None:
+        """A backward of one of our frames raised: its prediction was handed out, learning from it was not possible."""
+        if self.options.on_error == "raise" and self.error is None and not self.closing:
+            self.error = error
+            self.stop()
+
     # ------------------------------------------------------------------ window → consumer
 
     def _wake_ready(self) -> None:
@@ -372,6 +380,10 @@ class RunState:
                 await self._failed(frame)
                 continue
             if self.ended and not window and not self.hold.items:
+                if self.engine is not None and self.error is None:
+                    await self.engine.flush()
+                    if window or self.error is not None:
+                        continue
                 await self.close()
                 break
             assert self.engine is not None
@@ -395,7 +407,7 @@ class RunState:
         self.latencies.add(frame.latency)
         gap = frame.index - self._last_index - 1
         self._last_index = frame.index
-        prediction = Prediction(frame.value, frame.index, frame.key, None, None, frame.latency, gap)
+        prediction = engine.prediction(frame, frame.index, gap)
         frame.value = frame.input = None  # an idle stage task still knows its last frame
         if frame.ack is not None:
             self._acknowledge(frame, None)

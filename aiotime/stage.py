@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -21,6 +21,10 @@ from aiotime.channel import Channel
 from aiotime.devices.base import Device, DeviceStream, Pending, Work
 from aiotime.errors import ConfigurationError, FrameError
 from aiotime.frame import Frame
+
+if TYPE_CHECKING:
+    from aiotime.learning.desk import Desk, Hands
+    from aiotime.learning.order import Order
 
 DeadLetter = Callable[[Frame, FrameError], Any]
 OnError = Literal["raise", "skip"] | DeadLetter
@@ -127,6 +131,8 @@ class StageSpec:
     workers: int = 1
     on_error: OnError | None = None
     timeout: float | None = None
+    hands: Hands | None = None  # what learns here
+    order: Order | None = None  # and in which order
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
@@ -182,7 +188,7 @@ def with_retries(fn: Callable[[Any], Any], policy: Retry, stage: str, device: De
 class StageRunner:
     """The working half of a stage in an open pipeline: its inbox, its device stream, its launches."""
 
-    __slots__ = ("_room", "inbox", "launched", "limit", "ready", "spec", "stream", "work")
+    __slots__ = ("_room", "desk", "inbox", "launched", "limit", "ready", "spec", "stream", "work")
 
     def __init__(
         self,
@@ -191,8 +197,10 @@ class StageRunner:
         stream: DeviceStream,
         limit: int,
         ready: Callable[[Pending], Awaitable[None]],
+        desk: Desk | None = None,
     ) -> None:
         self.spec = spec
+        self.desk = desk  # decides the order of jobs where this stage learns
         self.work = work
         self.stream = stream
         self.limit = limit  # launches in flight; changed while running when the depth adapts
@@ -210,6 +218,7 @@ class StageRunner:
 
     async def _serve(self, following: Channel[Frame] | None) -> None:
         inbox, stream, launched, work = self.inbox, self.stream, self.launched, self.work
+        desk = self.desk
         items, last, on_loop = inbox.items, following is None, stream.wants_host_ready
         slice_start = time.perf_counter()
         while True:
@@ -232,7 +241,10 @@ class StageRunner:
                     await self.ready(tail)
             if frame.settled:
                 continue  # the pipeline ended it meanwhile
-            if frame.control is None:
+            if desk is not None:
+                action = None if frame.control is None else _action(frame, work.index)
+                pending = desk.launch(stream, frame, action, last=last)
+            elif frame.control is None:
                 pending = stream.launch(work, frame, last=last)
             else:
                 pending = stream.exclusive(work, _action(frame, work.index), frame, last=last)

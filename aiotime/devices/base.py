@@ -84,9 +84,10 @@ class Work:
         timeout: seconds one job may take before its frame fails with `StageTimeout`.
         host_output: the next reader (stage or sink) reads the value on the host.
         grad: run with autograd recording; otherwise in ``torch.inference_mode``.
+        phase: "forward", "backward" or "weights" (the gradient of the weights alone).
     """
 
-    __slots__ = ("fn", "grad", "host_output", "index", "recorders", "stage", "starved", "timeout", "workers")
+    __slots__ = ("fn", "grad", "host_output", "index", "phase", "recorders", "stage", "starved", "timeout", "workers")
 
     def __init__(
         self,
@@ -98,6 +99,7 @@ class Work:
         timeout: float | None = None,
         host_output: bool = True,
         grad: bool = False,
+        phase: str = "forward",
     ) -> None:
         self.fn = fn
         self.stage = stage
@@ -106,8 +108,23 @@ class Work:
         self.timeout = timeout
         self.host_output = host_output
         self.grad = grad
+        self.phase = phase
         self.recorders: list[Recorder] = []  # one per worker, made by the stream the work is bound to
         self.starved: Callable[[], bool] = always  # idle now because nothing came (else: credits held downstream)
+
+
+# work, what it starts from, the frame it belongs to, its own result, and an action in place of the work
+Job = tuple[Work, Pending, "Frame", Pending, Callable[[], None] | None]
+
+
+class Agenda(Protocol):
+    """Jobs whose order is decided when they can run (learning: forwards against backwards)."""
+
+    def take(self, bell: Bell) -> Job | None:
+        """The job to run now; None where none can: ``bell`` rings when that may have changed. On the stream's thread."""
+
+    def poke(self) -> None:
+        """Something was added to it; any thread."""
 
 
 def passed_over(frame: Frame, now: Callable[[], float]) -> FrameCancelled | DeadlineExceeded | None:
@@ -207,6 +224,10 @@ class DeviceStream(ABC):
     @abstractmethod
     def exclusive(self, work: Work, action: Callable[[], None], frame: Frame, *, last: bool) -> Pending:
         """Queue ``action`` (a control frame) so that nothing else of ``work`` runs while it does."""
+
+    @abstractmethod
+    def post(self, agenda: Agenda, jobs: int) -> bool:
+        """``agenda`` will have ``jobs`` more jobs for this stream's one worker. False once closed."""
 
     @abstractmethod
     def ring(self) -> None:

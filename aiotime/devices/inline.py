@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from aiotime.devices.base import Completions, Device, DeviceStream, Pending, Work, passed_over, stage_failed
+from aiotime.devices.base import (
+    Agenda,
+    Completions,
+    Device,
+    DeviceStream,
+    Pending,
+    Work,
+    passed_over,
+    stage_failed,
+)
 from aiotime.devices.cpu import time_calls
 from aiotime.errors import ClosedError, ConfigurationError
 from aiotime.frame import Frame
 from aiotime.observe.meter import Recorder
 
 LULL = 50e-6  # seconds between two jobs that are the loop's own doing; why they passed is not asked
+
+
+class _Doorbell:
+    """Rung by other devices' threads: the loop looks at the agenda again."""
+
+    __slots__ = ("_stream",)
+
+    def __init__(self, stream: InlineStream) -> None:
+        self._stream = stream
+
+    def ring(self) -> None:
+        loop = self._stream._completions.loop
+        if asyncio._get_running_loop() is loop:
+            if not self._stream._pumping:
+                loop.call_soon(self._stream.pump)
+            return  # it looks once more before it ends
+        try:
+            self._stream._completions.loop.call_soon_threadsafe(self._stream.pump)
+        except RuntimeError:
+            pass  # the loop is closed: nobody waits
 
 
 class InlineStream(DeviceStream):
@@ -32,6 +62,11 @@ class InlineStream(DeviceStream):
         self._closed = False
         self._burst: torch.inference_mode | None = None
         self._ended: dict[int, float] = {}  # by stage: when its newest job ended
+        self._agenda: Agenda | None = None  # of stages that learn
+        self._awaited = 0  # jobs it has yet to give
+        self._pumping = False
+        self._doorbell = _Doorbell(self)
+        self._gone: asyncio.Future[None] | None = None
 
     def bind(self, work: Work) -> None:
         work.recorders.append(Recorder(work.stage, self.name))
@@ -41,11 +76,43 @@ class InlineStream(DeviceStream):
         mine = Pending(frame=frame if last else None)
         up = frame.tail
         assert up is not None and up.done, "an inline stage is launched on a finished value"
-        error = up.error
+        self._run(work, up, frame, mine, ClosedError(f"device stream {self.name} is closed") if self._closed else None)
+        return mine
+
+    def post(self, agenda: Agenda, jobs: int) -> bool:
+        if self._closed:
+            return False
+        self._agenda = agenda
+        self._awaited += jobs
+        self.pump()
+        return True
+
+    def pump(self) -> None:
+        """Run what the agenda has ready."""
+        agenda = self._agenda
+        if self._pumping or agenda is None:
+            return
+        self._pumping = True
+        try:
+            while self._awaited:
+                job = agenda.take(self._doorbell)
+                if job is None:
+                    return
+                self._awaited -= 1
+                work, up, frame, mine, action = job
+                if action is None:
+                    self._run(work, up, frame, mine, None)
+                else:
+                    self._act(work, up, frame, mine, action)
+        finally:
+            self._pumping = False
+        if self._closed and self._gone is not None and not self._gone.done():
+            self._gone.set_result(None)
+
+    def _run(self, work: Work, up: Pending, frame: Frame, mine: Pending, error: BaseException | None) -> None:
+        error = error or up.error
         if error is None and (frame.cancelled or frame.deadline is not None):
             error = passed_over(frame, self._now)
-        if self._closed:
-            error = ClosedError(f"device stream {self.name} is closed")
         recorder = work.recorders[0]
         if error is not None:
             mine.error = error
@@ -72,15 +139,23 @@ class InlineStream(DeviceStream):
             end = self._ended[work.index] = self._now()
             recorder.add(start, end, frame.index)
         up.value = None
+        self._settled(mine)
+
+    def _settled(self, mine: Pending) -> None:
         mine.done = True
-        if last:
+        if mine.bell is not None:
+            mine.bell.ring()
+        if mine.frame is not None or mine.waiter is not None:
             self._completions.deliver(mine)
-        return mine
 
     def exclusive(self, work: Work, action: Callable[[], None], frame: Frame, *, last: bool) -> Pending:
         mine = Pending(frame=frame if last else None)
         up = frame.tail
         assert up is not None
+        self._act(work, up, frame, mine, action)
+        return mine
+
+    def _act(self, work: Work, up: Pending, frame: Frame, mine: Pending, action: Callable[[], None]) -> None:
         mine.error = up.error
         work.recorders[0].passed += 1
         if mine.error is None:
@@ -88,10 +163,7 @@ class InlineStream(DeviceStream):
                 action()
             except Exception as cause:
                 mine.error = stage_failed(work, frame, cause)
-        mine.done = True
-        if last:
-            self._completions.deliver(mine)
-        return mine
+        self._settled(mine)
 
     def ring(self) -> None:
         burst, self._burst = self._burst, None
@@ -102,7 +174,11 @@ class InlineStream(DeviceStream):
         self._closed = True
 
     async def join(self) -> None:
-        pass  # no workers
+        while self._awaited:  # no workers, but what other devices still owe to the agenda
+            self._gone = asyncio.get_running_loop().create_future()
+            self.pump()
+            if self._awaited:
+                await self._gone
 
 
 class InlineDevice(Device):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from aiotime.devices.base import Completions, Device, DeviceStream, Pending, Work, passed_over, stage_failed
+from aiotime.devices.base import Agenda, Completions, Device, DeviceStream, Job, Pending, Work, passed_over, stage_failed
 from aiotime.errors import ClosedError, ConfigurationError, StageTimeout
 from aiotime.frame import Frame
 from aiotime.observe.meter import Recorder
@@ -103,7 +103,7 @@ class SimulatedStream(DeviceStream):
         self._seconds = seconds
         self._free = list(range(workers))
         self._workers = workers
-        self._jobs: deque[tuple[Work, Pending, Frame, Pending, Callable[[], None] | None]] = deque()
+        self._jobs: deque[Job | Agenda] = deque()
         self._works: list[Work] = []
         self._idle_since = [(clock.now(), True)] * workers  # since when, and whether for want of input
         self._closed = False
@@ -119,6 +119,13 @@ class SimulatedStream(DeviceStream):
 
     def exclusive(self, work: Work, action: Callable[[], None], frame: Frame, *, last: bool) -> Pending:
         return self._queue(work, frame, last, action)
+
+    def post(self, agenda: Agenda, jobs: int) -> bool:
+        if self._closed:
+            return False
+        self._jobs.extend([agenda] * jobs)
+        self._clock.touch()
+        return True
 
     def ring(self) -> None:
         if asyncio._get_running_loop() is self._completions.loop:
@@ -151,7 +158,11 @@ class SimulatedStream(DeviceStream):
 
     def _start_ready(self) -> None:
         while self._jobs and self._free:
-            work, up, frame, mine, action = self._jobs[0]
+            head = self._jobs[0]
+            job = head if isinstance(head, tuple) else head.take(self)
+            if job is None:
+                return
+            work, up, frame, mine, action = job
             if not up.done:
                 if up.bell is not self:
                     up.bell = self

@@ -22,7 +22,17 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from aiotime.devices.base import Bell, Completions, DeviceStream, Pending, Work, passed_over, stage_failed
+from aiotime.devices.base import (
+    Agenda,
+    Bell,
+    Completions,
+    DeviceStream,
+    Job,
+    Pending,
+    Work,
+    passed_over,
+    stage_failed,
+)
 from aiotime.errors import BrokenError, ClosedError, StageTimeout
 from aiotime.frame import NOBODY, Frame
 from aiotime.observe.meter import Recorder
@@ -31,8 +41,6 @@ COALESCE = 200e-6  # seconds that announcements may wait for company
 PATIENCE = 2e-3  # the same where every job is shorter than a thread switch
 ORPHAN_CHECK = 1.0  # seconds between looks at the main thread while idle
 GRACE = 5.0  # seconds that join() waits for a worker that its stage's timeout gave up
-
-Job = tuple[Work, Pending, Frame, Pending, Callable[[], None] | None]
 
 
 class Worker:
@@ -80,7 +88,7 @@ class WorkerStream(DeviceStream):
         self.name = name
         self.workers = workers
         self._completions = completions
-        self._jobs: deque[Job | None] = deque()
+        self._jobs: deque[Job | Agenda | None] = deque()
         self._works: list[Work] = []
         self._idle: list[Worker] = []
         self._crew: list[Worker] = []
@@ -129,6 +137,13 @@ class WorkerStream(DeviceStream):
             up.bell = stream
         return mine
 
+    def post(self, agenda: Agenda, jobs: int) -> bool:
+        if self._closed:
+            return False
+        self._jobs.extend([agenda] * jobs)
+        agenda.poke()
+        return True
+
     def can_lend_to(self, other: DeviceStream) -> bool:
         """Would our jobs run the same on the other stream's worker?"""
         return False
@@ -167,7 +182,7 @@ class WorkerStream(DeviceStream):
             return
         try:
             head = self._jobs[0]
-            if head is None or head[1].done or self.workers > 1:  # a later job may be ready before the head is
+            if not isinstance(head, tuple) or head[1].done or self.workers > 1:  # a later job may be ready before the head is
                 for _ in range(min(len(self._jobs), len(idle))):
                     idle.pop().ring()
         except IndexError:
@@ -238,8 +253,10 @@ class WorkerStream(DeviceStream):
                         if not self._park(worker):
                             return
                         continue
-                    if job is None:
-                        return
+                    if not isinstance(job, tuple):
+                        job = None if job is None else self._take(worker, job)
+                        if job is None:
+                            return
                     work, up, frame, mine, action = job
                     if not up.done:
                         self._await(worker, up)
@@ -307,6 +324,18 @@ class WorkerStream(DeviceStream):
         while not up.done:  # a stale ring may wake us early
             worker.parker.acquire()
         self._idled(worker, start, [True] * len(self._works))
+
+    def _take(self, worker: Worker, agenda: Agenda) -> Job | None:
+        """The agenda's next job, once there is one; None when the main thread has ended."""
+        job = agenda.take(worker)
+        if job is None:
+            worker.announce()
+            start = time.perf_counter()
+            while (job := agenda.take(worker)) is None:
+                if not worker.parker.acquire(timeout=ORPHAN_CHECK) and not threading.main_thread().is_alive():
+                    return None
+            self._idled(worker, start, [True] * len(self._works))
+        return job
 
     def _park(self, worker: Worker) -> bool:
         """Sleep until there is a job; False when the main thread has ended."""

@@ -160,6 +160,8 @@ def like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """``new`` as what ``old`` is: a parameter that wants a gradient, one that does not, or a buffer."""
     if isinstance(old, nn.Parameter):
         return nn.Parameter(new.detach(), requires_grad=old.requires_grad)
+    if old.requires_grad:  # the working copy of a parameter, in a stage that learns
+        return new.detach().requires_grad_()
     return new
 
 

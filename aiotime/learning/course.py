@@ -1,0 +1,188 @@
+"""Course: the learning of an open pipeline: tickets for frames, late targets, errors, barriers.
+
+Lives on the loop, beside the engine; the work is done by desks on the device streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from aiotime.devices.base import DeviceStream
+from aiotime.errors import AiotimeError, FeedbackError, InputError, StageError
+from aiotime.frame import LATER, Frame
+from aiotime.learning.desk import Desk, Lost
+from aiotime.learning.rule import Rule
+from aiotime.learning.ticket import Ticket
+from aiotime.observe.log import get_logger
+
+log = get_logger()
+
+
+class Barrier:
+    """A control frame that changes nothing: when it has left the last stage, every earlier frame was learned from."""
+
+    def __init__(self, done: asyncio.Future[None] | None = None) -> None:
+        self.done = done
+
+    def apply(self, stage: int) -> None:
+        """Nothing; coming here is the point."""
+
+    def settled(self, frame: Frame) -> None:
+        """It is through, or the pipeline ended."""
+        if self.done is not None and not self.done.done():
+            self.done.set_result(None)
+
+
+class Course:
+    """What the engine keeps of learning.
+
+    Args:
+        rule: the user's.
+        stages: how many.
+        loop: the engine's.
+    """
+
+    def __init__(self, rule: Rule, stages: int, loop: asyncio.AbstractEventLoop) -> None:
+        self.rule = rule
+        self.stages = stages
+        self.loop = loop
+        self.desks: list[tuple[Desk, DeviceStream]] = []
+        self.strict = False
+        self.failed = 0
+        self.touched = 0.0  # when a frame settled last, on the loop's clock
+        self._late: OrderedDict[Hashable, Ticket] = OrderedDict()
+        self._scene = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, desk: Desk, stream: DeviceStream) -> None:
+        """One more learning stage, from the input on."""
+        self.desks.append((desk, stream))
+        self.strict = self.strict or desk.order.strict
+
+    # ------------------------------------------------------------------ frames
+
+    def enrol(self, frame: Frame, *, cut: bool = False) -> None:
+        """Give ``frame`` its ticket: is it learned from, now or later?
+
+        Raises:
+            InputError: its target is to come later, and nothing could find it then.
+        """
+        target = frame.target
+        late = target is LATER
+        if late:
+            if not self.rule.accepts_late:
+                raise InputError(
+                    f"frame {frame.index} was refused: {type(self.rule).__name__} takes no late targets in this order; "
+                    'use Delayed(order="event")',
+                    frame=frame.index,
+                    key=frame.key,
+                )
+            if frame.key is None:
+                raise InputError(
+                    f"frame {frame.index} was refused: a target that comes later is found by its key; "
+                    "yield Sample(x, target=LATER, key=...)",
+                    frame=frame.index,
+                )
+        learn = late or target is not None or not self.rule.supervised
+        if cut:
+            self._scene += 1
+        ticket = frame.ticket = Ticket(
+            frame.index, self.stages, key=frame.key, learn=learn, target=None if late else target, late=late
+        )
+        ticket.scene = self._scene
+        ticket.owner = frame.owner
+        if self.rule.wants_raw and frame.tail is not None:
+            ticket.raw = frame.tail.value
+        if late:
+            self._keep(frame.key, ticket)
+
+    def _keep(self, key: Hashable, ticket: Ticket) -> None:
+        older = self._late.pop(key, None)
+        self._late[key] = ticket
+        if len(self._late) > self.rule.late:
+            _, older = self._late.popitem(last=False)
+        if older is not None:
+            self._expire(older)
+
+    def _expire(self, ticket: Ticket) -> None:
+        ticket.expired = True
+        for desk, _ in self.desks:
+            desk.expire(ticket)
+
+    async def feedback(self, key: Hashable, target: Any) -> float:
+        """The target of a late frame; returns its loss once every stage has learned from it.
+
+        Raises:
+            FeedbackError: no such frame is kept (any more), or it had failed.
+        """
+        ticket = self._late.pop(key, None)
+        if ticket is None:
+            raise FeedbackError(
+                f"no frame with key {key!r} waits for its target: it never came with target=LATER, had its target "
+                f"already, or was given up after {self.rule.late} newer ones (late={self.rule.late})"
+            )
+        ticket.target = target
+        for desk, stream in self.desks:
+            desk.release_late(stream, ticket)
+        learned = ticket.grads[self.desks[0][0].index]
+        await learned.finished()
+        error = learned.error or (learned.value.error if isinstance(learned.value, Lost) else None)
+        if error is not None:
+            raise FeedbackError(f"frame {ticket.index} with key {key!r} could not be learned from: {error}") from error
+        return float(ticket.loss)
+
+    # ------------------------------------------------------------------ errors and the end
+
+    def backward_failed(self, stage: str) -> Callable[[Ticket, BaseException], None]:
+        """For a desk, which calls it on its device stream's thread."""
+
+        def failed(ticket: Ticket, cause: BaseException) -> None:
+            error = StageError(
+                f"learning from frame {ticket.index} failed at stage {stage!r}: {type(cause).__name__}: {cause}",
+                stage=stage,
+                frame=ticket.index,
+                key=ticket.key,
+            )
+            error.__cause__ = cause.with_traceback(None)
+            try:
+                self.loop.call_soon_threadsafe(self._tell, ticket, error)
+            except RuntimeError:
+                pass  # the loop is closed: nobody is left to tell
+
+        return failed
+
+    def _tell(self, ticket: Ticket, error: AiotimeError) -> None:
+        self.failed += 1
+        log.error("learning.failed", frame=ticket.index, error=str(error))
+        told = getattr(ticket.owner, "learning_failed", None)
+        if told is not None:
+            told(error)
+
+    def abort(self, error: BaseException) -> None:
+        """The pipeline ends: gradients that are under way will not arrive."""
+        for desk, _ in self.desks:
+            desk.abort(error)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def quiet(self, flush: Callable[[], None]) -> None:
+        """Nothing is in flight: a strict order finishes what it has once that has lasted for ``rule.idle``."""
+        idle = self.rule.idle
+        if not self.strict or idle is None:
+            return
+        self.touched = self.loop.time()
+        if self._timer is None:
+            self._timer = self.loop.call_later(idle, self._look, flush)
+
+    def _look(self, flush: Callable[[], None]) -> None:
+        self._timer = None
+        idle = self.rule.idle
+        assert idle is not None
+        rest = self.touched + idle - self.loop.time()
+        if rest > 0:
+            self._timer = self.loop.call_later(rest, self._look, flush)
+        else:
+            flush()

@@ -1,0 +1,68 @@
+"""Ticket: what one frame of a learning pipeline carries beside its value, from its first forward to its last update.
+
+    forward:   stage 0 ──▶ stage 1 ──▶ … ──▶ stage S-1 ──▶ output, loss
+    backward:  grads[0] ◀── grads[1] ◀── … ◀── grads[S]          each a pending message, made before any of them runs
+
+Because the way back is known when a frame enters, no event loop is needed to send a gradient: the device stream
+of stage k waits for ``grads[k + 1]`` and settles ``grads[k]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from aiotime.devices.base import Pending
+from aiotime.frame import NOBODY, Frame
+
+
+class Ticket:
+    """One frame's way through learning.
+
+    Attributes:
+        learn: it has (or will have) something to be learned from; otherwise it is predicted only.
+        target: for the loss; meaningless where ``learn`` is False.
+        late: its target comes by `Pipeline.feedback`; until then its graphs are kept.
+        scene: number of scene cuts before it; gradients do not cross a cut.
+        raw: the frame as it entered, where the rule asked for it.
+        delays: per stage: updates of earlier frames that its weights lacked when it passed.
+        loss: 0-dim tensor, once the last stage has it.
+        grads: per stage boundary: the message that travels down through it.
+        shadow: the frame as backward jobs name it; nobody can cancel it.
+        owner: whoever is told when learning from it fails.
+    """
+
+    __slots__ = (
+        "delays",
+        "expired",
+        "grads",
+        "index",
+        "key",
+        "late",
+        "learn",
+        "loss",
+        "owner",
+        "raw",
+        "scale",
+        "scene",
+        "shadow",
+        "target",
+    )
+
+    def __init__(
+        self, index: int, stages: int, *, key: Hashable = None, learn: bool, target: Any = None, late: bool = False
+    ) -> None:
+        self.index = index
+        self.key = key
+        self.learn = learn
+        self.target = target
+        self.late = late
+        self.expired = False  # its target came too late: what was kept for it is gone
+        self.scene = 0
+        self.raw: Any = None
+        self.delays = [0] * stages
+        self.loss: Any = None
+        self.scale = 1.0  # the loss was multiplied by this before it was differentiated (float16)
+        self.owner: Any = None
+        self.grads: list[Pending] = [Pending() for _ in range(stages + 1)] if learn else []
+        self.shadow = Frame(NOBODY, index, Pending(done=True), 0.0) if learn else None
