@@ -8,6 +8,7 @@ The rooms, from the top; a module imports only from rooms below it:
     runs, requests, weights      one stream, in order, with its errors; one submitted frame; a weight swap
     engine                       an open pipeline on one loop; where a frame ends
     ingest, stage, planning      the door; the stage task; trace, measure, cut
+    learning                     rules of learning on the stream, and what runs them
     devices, channel, frame      where work runs; bounded queues; what travels
     observe, errors              meters, statistics, traces, logs; every error
 """
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from aiotime.channel import Channel
     from aiotime.devices import CpuDevice, Device, InlineDevice, SimulatedDevice, VirtualClock
     from aiotime.errors import AiotimeError
-    from aiotime.frame import Prediction, Sample
+    from aiotime.frame import LATER, Prediction, Sample
     from aiotime.loop import run
     from aiotime.observe.stats import Stats
     from aiotime.pipeline import Pipeline
@@ -37,6 +38,7 @@ _HOMES = {
     "CpuDevice": "aiotime.devices",
     "Device": "aiotime.devices",
     "InlineDevice": "aiotime.devices",
+    "LATER": "aiotime.frame",
     "Pipeline": "aiotime.pipeline",
     "Plan": "aiotime.planning",
     "Prediction": "aiotime.frame",
@@ -57,6 +59,7 @@ __all__ = [
     "CpuDevice",
     "Device",
     "InlineDevice",
+    "LATER",
     "Pipeline",
     "Plan",
     "Prediction",
@@ -75,7 +78,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
-        if name in ("errors", "streams", "sources", "devices", "observe", "planning"):
+        if name in ("errors", "streams", "sources", "devices", "observe", "planning", "learning"):
             import importlib
 
             return importlib.import_module(f"aiotime.{name}")

@@ -6,7 +6,7 @@ Longer than most modules: it is the public face, half of it docstrings; the work
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -28,11 +28,15 @@ from aiotime.errors import (
 )
 from aiotime.frame import Prediction, Sample
 from aiotime.ingest.inspection import InputSpec, require_finite
+from aiotime.learning.enrolment import enrol_stages, rehearse
+from aiotime.learning.learner import Site
+from aiotime.learning.rule import Rule
 from aiotime.observe.meter import quantile
 from aiotime.observe.stats import Stats, stage_stats
 from aiotime.observe.trace import Trace
 from aiotime.planning import Plan, make_plan, trace
 from aiotime.planning.trace import Piece
+from aiotime.planning.twin import twin
 from aiotime.requests import Request
 from aiotime.runs import Run, RunOptions, RunState, call_dead_letter, check_deadline
 from aiotime.stage import OnError, Retry, Stage, StageSpec, spread, unique_names, with_retries
@@ -62,6 +66,8 @@ class Pipeline:
         dynamic: dims of every input tensor that may differ from the example's, such as ``(0,)``.
         check_finite: refuse frames that hold NaN or infinity.
         warm_up: frames (copies of the example) sent through before the first real one at each opening.
+        learner: a rule of `aiotime.learning`: the pipeline then learns from every `Sample` that has a target. The
+            model keeps the mode (training or eval) it is in and is copied: read what was learned with `state_dict`.
         name: for task names, logs and statistics.
 
     Raises:
@@ -91,6 +97,7 @@ class Pipeline:
         dynamic: Sequence[int] | None = None,
         check_finite: bool = False,
         warm_up: int = 0,
+        learner: Rule | None = None,
         name: str | None = None,
     ) -> None:
         if not isinstance(model, torch.nn.Module):
@@ -101,7 +108,8 @@ class Pipeline:
         self._set_up(depth, budget, budget_bytes, warm_up, name or type(model).__name__)
         self._spec: InputSpec | None = InputSpec(example, dynamic=dynamic)
         self._example = self._spec.check(example)
-        model.eval()
+        if learner is None:
+            model.eval()
         traced = trace(model, self._example, dynamic=dynamic)
         if plan is None:
             found = default_devices() if devices is None else resolve_all(devices)
@@ -129,6 +137,7 @@ class Pipeline:
         for spec, unique in zip(specs, names, strict=True):
             spec.name = unique
         self._model: torch.nn.Module | None = model
+        self._teach(learner, specs)
         seconds = [stage.seconds for stage in plan.stages if stage.seconds is not None]
         self._finish(specs, max(seconds) if len(seconds) == len(plan.stages) else None)
 
@@ -140,6 +149,7 @@ class Pipeline:
         depth: int | None = None,
         budget: int | None = None,
         budget_bytes: int | None = None,
+        learner: Rule | None = None,
         name: str | None = None,
     ) -> Self:
         """A pipeline of functions and modules: decode on a CPU thread, model on a GPU, post-process.
@@ -149,6 +159,7 @@ class Pipeline:
             depth: launches in flight per worker, as for `Pipeline`.
             budget: frames in flight, as for `Pipeline`.
             budget_bytes: bytes of payload in flight, as for `Pipeline`.
+            learner: a rule of `aiotime.learning`; stages made of modules learn, from copies of their parameters.
             name: for task names, logs and statistics.
 
         Frames are not inspected: the first stage gets what the source yields.
@@ -180,17 +191,19 @@ class Pipeline:
             device = next(free) if stage.device is None else resolve(stage.device)
             fn = stage.fn
             if isinstance(fn, torch.nn.Module):
-                fn.eval()
+                if learner is None:
+                    fn.eval()
+                else:
+                    fn = twin(fn, {})  # learning replaces parameters; the user's module keeps its own
                 device.place(fn)
+                pipeline._modules[unique] = fn
                 fn = spread(fn)
             policy = stage.on_error
             if isinstance(policy, Retry):
                 fn = with_retries(fn, policy, unique, device)
                 policy = policy.then
             specs.append(StageSpec(unique, fn, device, stage.workers, policy, stage.timeout))
-        pipeline._modules = {
-            unique: stage.fn for stage, unique in zip(made, names, strict=True) if isinstance(stage.fn, torch.nn.Module)
-        }
+        pipeline._teach(learner, specs)
         pipeline._finish(specs, None)
         return pipeline
 
@@ -213,6 +226,35 @@ class Pipeline:
         self._tracer: Trace | None = None
         self._last_stats: Stats | None = None
         self._paused = False
+
+    def _teach(self, learner: Rule | None, specs: list[StageSpec]) -> None:
+        """Give the stages that learn their hands."""
+        self._learner = learner
+        if learner is None:
+            return
+        sites = []
+        for index, spec in enumerate(specs):
+            piece = self._pieces[index] if self._pieces else None
+            root = piece.module if piece is not None else self._modules.get(spec.name)
+            site = Site(index, len(specs), spec.name, spec.fn, [("", root)] if root is not None else [])
+            if piece is not None:
+                site.rebind, site.example = piece.module.bind, self._example
+                site.names = {slot: key for key, slot in piece.keys.items()}
+            elif root is not None:
+                site.names = {name: f"{spec.name}.{name}" for name, _ in root.named_parameters()}
+            tensor = next(iter(root.parameters()), None) if root is not None else None
+            site.device = tensor.device if tensor is not None else torch.device("cpu")
+            sites.append(site)
+        if self._pieces:
+            rehearse(sites, self._example)
+        for spec, found in zip(specs, enrol_stages(learner, sites), strict=True):
+            if found is None:
+                continue
+            if spec.workers > 1 or spec.timeout is not None:
+                raise ConfigurationError(
+                    f"stage {spec.name!r} learns (or passes gradients on): it needs workers=1 and no timeout"
+                )
+            spec.hands, spec.order = found
 
     def _finish(self, specs: list[StageSpec], first_guess: float | None) -> None:
         self._specs = specs
@@ -282,6 +324,7 @@ class Pipeline:
             nbytes=self._budget_bytes,
             clock=self._clock,
             first_guess=self._first_guess,
+            rule=self._learner,
         )
         engine.trace_into(self._tracer)
         engine.door.paused = self._paused
@@ -296,6 +339,8 @@ class Pipeline:
         requests = []
         for _ in range(self._warm_up):
             request = Request(engine, self._example, None)
+            if request.frame.ticket is not None:
+                request.frame.ticket.learn = False  # no data
             engine.door.used += 1
             request.enter()
             requests.append(request.future)
@@ -436,6 +481,7 @@ class Pipeline:
         engine.door.paused = False
         engine.door.pump()
         await engine.idle()
+        await engine.flush()
 
     def pause(self) -> None:
         """Admit nothing until `resume`; frames in flight go on, callers and sources wait."""
@@ -466,6 +512,24 @@ class Pipeline:
         if self._engine is not None:
             self._engine.set_budget(frames, nbytes)
 
+    # ------------------------------------------------------------------ learning
+
+    async def feedback(self, key: Hashable, target: Any) -> float:
+        """The target of a frame that came with ``Sample(x, target=aiotime.LATER, key=key)``.
+
+        Returns:
+            the frame's loss, once every stage has learned from it.
+
+        Raises:
+            FeedbackError: no frame with this key waits for its target (any more).
+            ClosedError: the pipeline is not open.
+        """
+        engine = self._engine
+        if engine is None or engine.course is None:
+            why = "has no learner" if self._learner is None else "is not open"
+            raise ClosedError(f"pipeline {self.name!r} {why}, so no frame waits for a target")
+        return await engine.course.feedback(key, target)
+
     # ------------------------------------------------------------------ weights
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -479,6 +543,8 @@ class Pipeline:
         merged: dict[str, torch.Tensor] = {}
         for piece in self._pieces:
             merged.update(piece.state())
+        if self._learner is not None:  # what learning goes on to change must not change in the caller's hands
+            merged = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in merged.items()}
         return {key: merged.get(key, tensor) for key, tensor in self._model.state_dict().items()}
 
     async def load_state_dict(self, state: Mapping[str, torch.Tensor], *, strict: bool = True) -> None:
@@ -522,7 +588,12 @@ class Pipeline:
     def _load_stage(self, stage: int, state: Mapping[str, torch.Tensor]) -> None:
         if self._model is not None:
             self._pieces[stage].load(state)
-            return
+        else:
+            self._load_module(stage, state)
+        if (hands := self._specs[stage].hands) is not None:
+            hands.adopt()
+
+    def _load_module(self, stage: int, state: Mapping[str, torch.Tensor]) -> None:
         name = self._specs[stage].name
         module = self._modules.get(name)
         if module is not None:

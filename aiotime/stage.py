@@ -234,7 +234,7 @@ class StageRunner:
                 slice_start = time.perf_counter()
             else:
                 frame = inbox.get_nowait()
-            if on_loop:
+            if on_loop and desk is None:  # a desk waits by itself, also for what comes from above
                 tail = frame.tail
                 if tail is not None and (not tail.done or tail.event is not None):
                     stream.ring()

@@ -15,7 +15,7 @@ import aiotime
 from aiotime import Stage
 from aiotime.channel import Channel
 from aiotime.devices import CpuDevice, InlineDevice
-from aiotime.devices.base import DeviceStream, Pending, Work
+from aiotime.devices.base import Agenda, DeviceStream, Pending, Work
 from aiotime.errors import ConfigurationError
 from aiotime.frame import Frame
 from aiotime.stage import Retry, StageRunner, StageSpec, check_on_error, retry, spread, unique_names, with_retries
@@ -149,6 +149,9 @@ class HandStream(DeviceStream):
         self.rings = 0
 
     def bind(self, work: Work) -> None: ...
+
+    def post(self, agenda: Agenda, jobs: int) -> bool:
+        raise AssertionError("no stage learns here")
 
     def launch(self, work: Work, frame: Frame, *, last: bool) -> Pending:
         self.launched.append(Pending(frame=frame if last else None))

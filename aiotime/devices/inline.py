@@ -130,6 +130,8 @@ class InlineStream(DeviceStream):
                 elif self._burst is None:
                     self._burst = torch.inference_mode()
                     self._burst.__enter__()
+                if up.event is not None:  # only behind an accelerator that learns too: a gradient, short of its copy
+                    up.event.synchronize()
                 mine.value = work.fn(up.value)
             except (KeyboardInterrupt, SystemExit):
                 raise  # they belong to the loop

@@ -46,6 +46,9 @@ class Hands(Protocol):
     def pending_updates(self) -> int:
         """Frames whose gradients are here but not yet in the weights (accumulation)."""
 
+    def adopt(self) -> None:
+        """The stage's weights were replaced from outside."""
+
     def reset(self) -> None:
         """A new engine begins: nothing is in flight."""
 

@@ -8,7 +8,7 @@ Called on the stage's device stream, one job at a time. A rule that differs over
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ class Site:
         modules: (prefix, module): names of parameters are prefix + their name in the module.
         rebind: to be called after a parameter slot was changed.
         passes_down: some stage below has something to learn.
+        names: name in ``modules`` -> the user's name for it, where they differ.
         device: where it runs, as torch says it.
         entry: what comes in, for an example frame; None where that is not known (`Pipeline.from_stages`).
         exit: what goes out for it.
@@ -52,6 +53,7 @@ class Site:
     modules: Sequence[tuple[str, nn.Module]]
     rebind: Callable[[], Any] | None = None
     passes_down: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     entry: Any = None
     exit: Any = None
@@ -91,7 +93,7 @@ class StageLearner:
         self.rule = rule
         self.top = site.top
         self.boundary = Boundary(differentiable=site.passes_down)
-        self.weights = Weights(slots_of(site.modules), rebind=site.rebind)
+        self.weights = Weights(slots_of(site.modules, site.names), rebind=site.rebind)
         self.updater = self.make_updater()
         self.kept: dict[Ticket, Kept] = {}
         self.stash = True  # a backward sees the weights of its forward

@@ -11,9 +11,8 @@ see the newest ("current" weights). A version costs memory only while a graph us
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,15 +41,16 @@ class Slot:
             self.module._flat_weights = [self.module._parameters.get(name) for name in names]
 
 
-def slots_of(modules: Sequence[tuple[str, nn.Module]]) -> list[Slot]:
-    """Every parameter slot of ``modules`` (prefix, module); tied ones as often as they occur."""
-    return [
-        Slot(f"{prefix}{path}.{name}" if path else f"{prefix}{name}", module, name)
-        for prefix, root in modules
-        for path, module in root.named_modules()
-        for name, tensor in module._parameters.items()
-        if tensor is not None
-    ]
+def slots_of(modules: Sequence[tuple[str, nn.Module]], names: Mapping[str, str] | None = None) -> list[Slot]:
+    """Every parameter slot of ``modules`` (prefix, module), renamed by ``names``; tied ones as often as they occur."""
+    found = []
+    for prefix, root in modules:
+        for path, module in root.named_modules():
+            for attribute, tensor in module._parameters.items():
+                if tensor is not None:
+                    name = f"{prefix}{path}.{attribute}" if path else f"{prefix}{attribute}"
+                    found.append(Slot((names or {}).get(name, name), module, attribute))
+    return found
 
 
 class Weights:
@@ -84,7 +84,7 @@ class Weights:
                 tensor = slot.get()
                 if tensor.requires_grad:
                     found.setdefault(id(tensor), (tensor, []))[1].append(slot)
-            known = {name: master for name, master in zip(self.names, self.masters, strict=True)}
+            known = dict(zip(self.names, self.masters, strict=True))
             self.names, masters, self._places = [], [], []
             for tensor, places in found.values():
                 copy = tensor.detach().clone()

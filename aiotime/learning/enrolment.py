@@ -1,0 +1,103 @@
+"""Which stages learn, and with which hands: from a rule and the stages of a pipeline."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from aiotime.errors import ConfigurationError
+from aiotime.learning.learner import Site, StageLearner, nothing_to_learn
+from aiotime.learning.order import Order
+from aiotime.learning.rule import Rule
+
+_BATCH_STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def enrol_stages(rule: Rule, sites: Sequence[Site]) -> list[tuple[StageLearner, Order] | None]:
+    """Hands and order per stage; None for stages below the first that has something to learn.
+
+    Raises:
+        ConfigurationError: nothing can be learned, a parameter occurs in two stages, or the rule does not fit.
+    """
+    if not isinstance(rule, Rule):
+        raise ConfigurationError(
+            f"learner must be a rule of aiotime.learning, such as Delayed(loss=..., optimizer=...), not {rule!r}"
+        )
+    rule.check(len(sites))
+    trainable = [any(p.requires_grad for _, root in site.modules for p in root.parameters()) for site in sites]
+    if not any(trainable):
+        raise nothing_to_learn([site.name for site in sites])
+    _check_shared(sites)
+    _warn_of_batch_norm(sites)
+    first = trainable.index(True)
+    found: list[tuple[StageLearner, Order] | None] = []
+    for site in sites:
+        if site.index < first:
+            found.append(None)
+            continue
+        site.passes_down = site.index > first
+        found.append((rule.stage(site), rule.order(site.index, len(sites))))
+    return found
+
+
+def rehearse(sites: Sequence[Site], example: Any) -> None:
+    """Note what goes into and comes out of each stage for ``example``; leaves modules and random numbers as they are."""
+    switched = [m for site in sites for _, root in site.modules for m in root.modules() if m.training]
+    buffers = [b for site in sites for _, root in site.modules for b in root.buffers()]
+    values = [buffer.detach().clone() for buffer in buffers]
+    for module in switched:
+        module.training = False
+    try:
+        with torch.inference_mode(mode=False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            value = example
+            for site in sites:
+                value = pytree.tree_map(lambda leaf, to=site.device: _copied(leaf, to), value)
+                site.entry = pytree.tree_map(lambda leaf: _copied(leaf, None), value)
+                value = site.fn(value)
+                site.exit = value
+            for buffer, before in zip(buffers, values, strict=True):
+                buffer.copy_(before)
+    finally:
+        for module in switched:
+            module.training = True
+
+
+def _copied(leaf: Any, device: torch.device | None) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return leaf.detach().clone() if device is None else leaf.detach().to(device)
+
+
+def _check_shared(sites: Sequence[Site]) -> None:
+    owner: dict[int, tuple[str, str]] = {}
+    for site in sites:
+        for prefix, root in site.modules:
+            for name, parameter in root.named_parameters():
+                if not parameter.requires_grad:
+                    continue
+                name = site.names.get(f"{prefix}{name}", f"{prefix}{name}")
+                at, other = owner.setdefault(id(parameter), (site.name, name))
+                if at != site.name:
+                    raise ConfigurationError(
+                        f"{other!r} of stage {at!r} is also {name!r} of stage {site.name!r}: two stages cannot both "
+                        "update one parameter. Put both uses into one stage (balance=[...]), untie them, or freeze it"
+                    )
+
+
+def _warn_of_batch_norm(sites: Sequence[Site]) -> None:
+    for site in sites:
+        for prefix, root in site.modules:
+            for name, module in root.named_modules():
+                if isinstance(module, _BATCH_STATISTICS) and module.training:
+                    warnings.warn(
+                        f"{type(module).__name__} at {prefix}{name!r} will take its statistics from each frame alone "
+                        "while it learns: with one sample per frame those are poor (and for a single value per channel "
+                        "an error). Use GroupNorm or LayerNorm, call .eval() on it, or learn on a replay window",
+                        stacklevel=4,
+                    )
+                    return
