@@ -77,7 +77,7 @@ def test_the_demo_runs_through(tmp_path: Path) -> None:
     """Every part reports; the pipeline's predictions are the model's own; trace and picture are written."""
     pytest.importorskip("matplotlib")
     options = ["--frames", "20", "--rate", "500", "--rounds", "2", "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(commands, ["demo", *options], catch_exceptions=False)
+    result = CliRunner().invoke(commands, ["demo", "predict", *options], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "fitted a CNN on 64 digits" in result.stdout
     assert "two cameras at 500 frames/s" in result.stdout
