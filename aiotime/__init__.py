@@ -54,12 +54,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "LATER",
     "AiotimeError",
     "Channel",
     "CpuDevice",
     "Device",
     "InlineDevice",
-    "LATER",
     "Pipeline",
     "Plan",
     "Prediction",

@@ -534,17 +534,16 @@ class Pipeline:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The weights under the model's own keys (with `from_stages`: ``"stage.key"``)."""
+        merged: dict[str, Any] = {}
         if self._model is None:
-            return {
-                f"{stage}.{key}": tensor
-                for stage, module in self._modules.items()
-                for key, tensor in module.state_dict().items()
-            }
-        merged: dict[str, torch.Tensor] = {}
+            for stage, module in self._modules.items():
+                merged.update({f"{stage}.{key}": tensor for key, tensor in module.state_dict().items()})
         for piece in self._pieces:
             merged.update(piece.state())
         if self._learner is not None:  # what learning goes on to change must not change in the caller's hands
             merged = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in merged.items()}
+        if self._model is None:
+            return merged
         return {key: merged.get(key, tensor) for key, tensor in self._model.state_dict().items()}
 
     async def load_state_dict(self, state: Mapping[str, torch.Tensor], *, strict: bool = True) -> None:

@@ -209,6 +209,11 @@ class StageRunner:
         self.launched: deque[Pending] = deque()
         self._room: asyncio.Future[None] | None = None  # set by whichever of several workers' launches ends first
 
+    @property
+    def works(self) -> tuple[Work, ...]:
+        """All kinds of jobs it has: forward, and where it learns backward and weights."""
+        return (self.work,) if self.desk is None else self.desk.works
+
     async def serve(self, following: Channel[Frame] | None) -> None:
         """Take, launch, hand on, until cancelled. Between taking and handing on nothing can be lost."""
         try:

@@ -34,9 +34,7 @@ def plot_curves(curves: Sequence[Curve], path: Path, *, window: int = 200) -> No
     for panel, name in zip(panels, names, strict=True):
         for curve in (curve for curve in curves if curve.stream == name):
             sums = [0, *accumulate(curve.right)]
-            means = [
-                (sums[at] - sums[max(0, at - window)]) / min(at, window) for at in range(1, len(sums))
-            ]
+            means = [(sums[at] - sums[max(0, at - window)]) / min(at, window) for at in range(1, len(sums))]
             panel.plot(means, label=curve.rule, color=COLOURS[rules.index(curve.rule) % len(COLOURS)], linewidth=1.3)
         panel.set_title(name, fontsize=10)
         panel.set_xlabel("frames seen")

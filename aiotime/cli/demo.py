@@ -26,9 +26,7 @@ from aiotime.errors import ConfigurationError
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True,
               help="predict: frames/s of the paced part.")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="predict: of the comparison.")
-def demo(
-    *, task: str, frames: int | None, devices: str | None, seed: int, out: Path, rate: float, rounds: int
-) -> None:
+def demo(*, task: str, frames: int | None, devices: str | None, seed: int, out: Path, rate: float, rounds: int) -> None:
     """See it work on scikit-learn's handwritten digits.
 
     learn (the default): a CNN that knows nothing sees each digit once. A pipeline of four stages predicts it, then

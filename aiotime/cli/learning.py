@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aiotime.frame import Sample
     from aiotime.learning import Rule
     from aiotime.observe.trace import Trace
-    from aiotime.pipeline import Pipeline
+    from aiotime.pipeline import Balance, Pipeline
 
 RECENT = 200  # frames that the shown accuracy is the mean of
 BLEND = 16  # frames from one digit to the next in the smooth stream
@@ -121,11 +121,11 @@ def show_learning(console: Console, *, frames: int | None, devices: str, seed: i
 def contenders() -> dict[str, Callable[[], Rule]]:
     """The rules, all with one optimizer: RMSprop without momentum, which suits one continuous stream."""
     import torch
-    from torch.nn import functional as F
+    from torch.nn.functional import cross_entropy
 
     from aiotime import learning
 
-    settings = {"loss": F.cross_entropy, "optimizer": partial(torch.optim.RMSprop, lr=3e-4)}
+    settings: dict[str, Any] = {"loss": cross_entropy, "optimizer": partial(torch.optim.RMSprop, lr=3e-4)}
     return {
         "Exact (one frame in flight)": lambda: learning.Exact(**settings),
         "Sideways (PARTIME's rule)": lambda: learning.Sideways(**settings),
@@ -158,7 +158,7 @@ def build(rule: Rule, devices: list[str], *, seed: int) -> Pipeline:
     import aiotime
 
     model = network(seed=seed)
-    balance = list(CUT) if len(devices) == len(CUT) else "even"
+    balance: Balance = list(CUT) if len(devices) == len(CUT) else "even"
     return aiotime.Pipeline(model, example=torch.zeros(1, 1, 8, 8), devices=devices, balance=balance, learner=rule)
 
 

@@ -121,7 +121,7 @@ class Agenda(Protocol):
     """Jobs whose order is decided when they can run (learning: forwards against backwards)."""
 
     def take(self, bell: Bell) -> Job | None:
-        """The job to run now; None where none can: ``bell`` rings when that may have changed. On the stream's thread."""
+        """The job to run now, on the stream's thread; None: ``bell`` rings when one may have become ready."""
 
     def poke(self) -> None:
         """Something was added to it; any thread."""

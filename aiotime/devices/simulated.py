@@ -16,7 +16,17 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from aiotime.devices.base import Agenda, Completions, Device, DeviceStream, Job, Pending, Work, passed_over, stage_failed
+from aiotime.devices.base import (
+    Agenda,
+    Completions,
+    Device,
+    DeviceStream,
+    Job,
+    Pending,
+    Work,
+    passed_over,
+    stage_failed,
+)
 from aiotime.errors import ClosedError, ConfigurationError, StageTimeout
 from aiotime.frame import Frame
 from aiotime.observe.meter import Recorder

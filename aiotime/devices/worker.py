@@ -182,7 +182,8 @@ class WorkerStream(DeviceStream):
             return
         try:
             head = self._jobs[0]
-            if not isinstance(head, tuple) or head[1].done or self.workers > 1:  # a later job may be ready before the head is
+            # with several workers a later job may be ready before the head is
+            if not isinstance(head, tuple) or head[1].done or self.workers > 1:
                 for _ in range(min(len(self._jobs), len(idle))):
                     idle.pop().ring()
         except IndexError:

@@ -132,7 +132,7 @@ class Course:
         error = learned.error or (learned.value.error if isinstance(learned.value, Lost) else None)
         if error is not None:
             raise FeedbackError(f"frame {ticket.index} with key {key!r} could not be learned from: {error}") from error
-        return float(ticket.loss)
+        return float(ticket.loss.detach())
 
     # ------------------------------------------------------------------ errors and the end
 

@@ -39,6 +39,7 @@ class Delayed(Rule):
         if order not in _ORDERS:
             raise ConfigurationError(f'order must be "event", "1f1b" or "lockstep", not {order!r}')
         self.which = weights
+        self.stashes = weights != "current"
         self.sequence = order
 
     @property

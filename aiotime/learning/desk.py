@@ -43,6 +43,9 @@ class Hands(Protocol):
     def batch_end(self, frames: int) -> None:
         """A mini-batch of ``frames`` is through (``Order.batch``)."""
 
+    def flush(self) -> None:
+        """Every frame so far was learned from, and the stream pauses or ends."""
+
     def pending_updates(self) -> int:
         """Frames whose gradients are here but not yet in the weights (accumulation)."""
 
@@ -85,7 +88,10 @@ class Agenda:
                 if job is not None:
                     self._waiting = None
                     return job
-            if not any([desk.listen(bell) for desk in self.desks]):  # a list: each of them must listen
+            news = False
+            for desk in self.desks:
+                news = desk.listen(bell) or news
+            if not news:
                 return None
 
     def poke(self) -> None:
@@ -302,6 +308,7 @@ class Desk:
     def _barrier(self, action: Callable[[], None]) -> Callable[[], None]:
         def act() -> None:
             self._close_batch()
+            self.hands.flush()
             action()
 
         return act

@@ -46,7 +46,7 @@ def enrol_stages(rule: Rule, sites: Sequence[Site]) -> list[tuple[StageLearner, 
 
 
 def rehearse(sites: Sequence[Site], example: Any) -> None:
-    """Note what goes into and comes out of each stage for ``example``; leaves modules and random numbers as they are."""
+    """Note what enters and leaves each stage for ``example``; modules and random numbers stay as they are."""
     switched = [m for site in sites for _, root in site.modules for m in root.modules() if m.training]
     buffers = [b for site in sites for _, root in site.modules for b in root.buffers()]
     values = [buffer.detach().clone() for buffer in buffers]
@@ -80,11 +80,11 @@ def _check_shared(sites: Sequence[Site]) -> None:
             for name, parameter in root.named_parameters():
                 if not parameter.requires_grad:
                     continue
-                name = site.names.get(f"{prefix}{name}", f"{prefix}{name}")
-                at, other = owner.setdefault(id(parameter), (site.name, name))
+                mine = site.names.get(f"{prefix}{name}", f"{prefix}{name}")
+                at, other = owner.setdefault(id(parameter), (site.name, mine))
                 if at != site.name:
                     raise ConfigurationError(
-                        f"{other!r} of stage {at!r} is also {name!r} of stage {site.name!r}: two stages cannot both "
+                        f"{other!r} of stage {at!r} is also {mine!r} of stage {site.name!r}: two stages cannot both "
                         "update one parameter. Put both uses into one stage (balance=[...]), untie them, or freeze it"
                     )
 

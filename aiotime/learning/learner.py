@@ -98,6 +98,7 @@ class StageLearner:
         self.kept: dict[Ticket, Kept] = {}
         self.stash = True  # a backward sees the weights of its forward
         self.learned = 0  # frames learned from
+        self.scale = 1.0  # the losses of the gradients gathered were multiplied by this
         self._switches = [m for _, root in site.modules for m in root.modules() if m.training]
 
     def make_updater(self) -> Updater | None:
@@ -163,6 +164,9 @@ class StageLearner:
         """Update with what was gathered."""
         self.update()
 
+    def flush(self) -> None:
+        """Every frame so far was learned from, and the stream pauses or ends."""
+
     def pending_updates(self) -> int:
         """Gradients that are not in the weights yet."""
         return self.updater.gathered if self.updater is not None else 0
@@ -208,7 +212,7 @@ class StageLearner:
             return ([None] * len(entry) if self.site.passes_down else None), [None] * len(weights)
         with torch.inference_mode(mode=False):
             grads = torch.autograd.grad(
-                roots, [*wanted, *weights], seeds, allow_unused=True, retain_graph=retain  # type: ignore[arg-type]
+                roots, [*wanted, *weights], seeds, allow_unused=True, retain_graph=retain
             )
         by_leaf = iter(grads)
         down = [next(by_leaf) if leaf.requires_grad else None for leaf in entry] if self.site.passes_down else None
@@ -224,12 +228,14 @@ class StageLearner:
         if updater is None:
             return
         updater.add(grads)
+        self.scale = ticket.scale
         if self.rule.order(self.site.index, self.site.stages).batch is None and updater.due:
             self.update(ticket.scale)
 
-    def update(self, scale: float = 1.0) -> None:
-        """New weights."""
+    def update(self, scale: float | None = None) -> None:
+        """New weights; ``scale``: that of the gradients gathered, by default the newest one's."""
         if self.updater is not None:
+            scale = self.scale if scale is None else scale
             self.updater.step(keep_old=self.stash and bool(self.kept), scale=scale)
 
     # ------------------------------------------------------------------ helpers of rules

@@ -96,8 +96,27 @@ class Rule(ABC):
     wants_raw = False  # stages are shown the frame as it entered (`Ticket.raw`)
     accepts_late = False  # a backward may come at any time
 
-    def check(self, stages: int) -> None:
+    def check(self, stages: int) -> None:  # noqa: B027 - most rules work with any number
         """Raise `ConfigurationError` where the rule cannot work with so many stages."""
+
+    # ------------------------------------------------------------------ what a plan asks
+
+    stashes = True  # a backward sees the weights of its own forward
+    recompute = False  # a stage keeps its input alone, and runs its forward again before its backward
+
+    def graphs(self, stage: int, stages: int) -> int:
+        """Frames whose graph (with ``recompute``: whose input) ``stage`` holds at most; late targets not counted."""
+        return self.order(stage, stages).ahead + 1
+
+    def versions(self, stage: int, stages: int) -> int:
+        """Versions of its weights that ``stage`` holds at most, the newest counted."""
+        if not self.stashes or self.order(stage, stages).batch is not None:
+            return 1  # a mini-batch is updated when no graph of it is left
+        return self.graphs(stage, stages)
+
+    def reach(self, stage: int, stages: int) -> int:
+        """Stages above ``stage`` that its backward of a frame waits for; 0 where each has a loss of its own."""
+        return stages - 1 - stage
 
     # ------------------------------------------------------------------ what the hands use
 
@@ -148,7 +167,7 @@ class Rule(ABC):
         if self.supervised and found:
             target = _moved(target, found[0].device)
         try:
-            value = self.loss(output, target) if self.supervised else self.loss(output)
+            value: Any = self.loss(output, target) if self.supervised else self.loss(output)
         except Exception as error:
             raise check_target(output, target, error, frame=frame, key=key) from error
         if not isinstance(value, torch.Tensor) or value.numel() != 1:

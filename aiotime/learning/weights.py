@@ -123,9 +123,10 @@ class Weights:
             self.install(before)
 
     def update(self, step: Callable[[], Any], *, keep_old: bool) -> None:
-        """Run ``step``, which changes the masters in place.
+        """Give the masters new values.
 
         Args:
+            step: changes them in place.
             keep_old: graphs made before keep the weights they were made with.
         """
         with torch.inference_mode(mode=False):

@@ -137,7 +137,7 @@ class Piece:
                 self.module.get_submodule(slot.rpartition(".")[0]).set_extra_state(state[key])
         for module, name, tensor in present.values():
             if id(tensor) in taken:
-                setattr(module, name, taken[id(tensor)])
+                put(module, name, taken[id(tensor)])
         self.module.bind()
 
     def __repr__(self) -> str:
@@ -154,6 +154,14 @@ def slots(root: nn.Module) -> dict[str, tuple[nn.Module, str, torch.Tensor]]:
                 if tensor is not None:
                     found[f"{path}.{name}" if path else name] = (module, name, tensor)
     return found
+
+
+def put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Give the parameter or buffer ``name`` of ``module`` another tensor; a parameter's need not be an nn.Parameter."""
+    if name in module._parameters and not isinstance(tensor, nn.Parameter):
+        module._parameters[name] = tensor  # type: ignore[assignment]
+    else:
+        setattr(module, name, tensor)
 
 
 def like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
