@@ -9,18 +9,21 @@ a pipeline that is opened again gets a new one.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from statistics import median
 from typing import Any, Protocol
 
-from aiotime.devices.base import Clock, Completions, DeviceStream, Pending, Work
+from aiotime.devices.base import Clock, Completions, Device, DeviceStream, Pending, Work
 from aiotime.devices.worker import COALESCE, PATIENCE, WorkerStream
-from aiotime.errors import AiotimeError, BrokenError, ClosedError
+from aiotime.errors import AiotimeError, BrokenError, BusyError, ClosedError
 from aiotime.frame import NOBODY, Control, Frame, Owner, Prediction
 from aiotime.ingest.door import Door
+from aiotime.learning.chimera import Crossing, Fork, ReplicaDesk, ReplicaLearner
 from aiotime.learning.course import Barrier, Course
-from aiotime.learning.desk import Agenda, Desk
+from aiotime.learning.desk import Agenda, Desk, Hands
+from aiotime.learning.meeting import MeetingDesk
 from aiotime.learning.rule import Rule
 from aiotime.observe.log import get_logger
 from aiotime.observe.meter import Ring, Tracer
@@ -98,9 +101,13 @@ class Engine:
         self.tracer: Tracer | None = None
         self.undelivered = 0.0  # frame-seconds that results waited for their consumer
         self.entered = 0
+        self.accepted = 0  # frames, not controls, that went in
+        self.newest: Hashable = None  # the key of the newest of them
         self.counts = {"in": 0, "out": 0, "shed": 0, "failed": 0}
         self.runs: set[Guest] = set()
         self._idle: list[asyncio.Future[None]] = []
+        self._holders: list[asyncio.Task[Any] | None] = []
+        self._held_back: list[asyncio.Future[None]] = []  # who waits for the last of them
         self._beating = False
         self._closed = False
         self._seen: list[int] = []
@@ -108,6 +115,7 @@ class Engine:
         self._until_look = 0
         self._task: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._crossing: Crossing | None = None  # of a pipeline in two directions
         self._open_streams()
         self._inbox = self.stages[0].inbox
 
@@ -137,7 +145,8 @@ class Engine:
                 for work in works:
                     work.starved = self._starved(works[0])
                     stream.bind(work)
-                self.stages.append(StageRunner(spec, works[0], stream, self.depth * spec.workers, self.ready, desk))
+                runs = self._fork(spec, index, desk, shared, agendas)
+                self.stages.append(StageRunner(spec, works[0], stream, self.depth * spec.workers, self.ready, runs))
                 self._seen.append(0)
         except BaseException:
             for stream in self.streams:
@@ -162,18 +171,63 @@ class Engine:
         """For a stage that learns: what decides the order of its jobs."""
         if self.course is None or spec.hands is None or spec.order is None:
             return None
-        spec.hands.reset()
-        desk = Desk(
-            spec.hands,
+        kind: type[Desk] = Desk
+        if spec.order.meet:
+            kind = MeetingDesk if spec.replica is None else ReplicaDesk
+        return self._open_desk(kind, spec.hands, spec, index, stream, agendas, [each.device for each in self.specs])
+
+    def _fork(
+        self,
+        spec: StageSpec,
+        index: int,
+        desk: Desk | None,
+        shared: dict[tuple[str, str], DeviceStream],
+        agendas: dict[DeviceStream, Agenda],
+    ) -> Desk | Fork | None:
+        """Where a stage has a replica: a desk for that, and what stands for both."""
+        replica = spec.replica
+        if replica is None or not isinstance(desk, ReplicaDesk):
+            return desk
+        stream = self._stream_for(dataclasses.replace(spec, device=replica.device), shared)
+        devices = [each.device if each.replica is None else each.replica.device for each in self.specs]
+        up = self._open_desk(ReplicaDesk, replica.hands, spec, index, stream, agendas, devices)
+        assert isinstance(up, ReplicaDesk) and isinstance(spec.hands, ReplicaLearner)
+        replica.hands.mirror(spec.hands.show())  # the first may have been loaded while nothing was open
+        up.works[0].host_output = index + 1 == len(devices) or devices[index + 1].on_host
+        for work in up.works:
+            work.starved = self._starved(up.works[0])
+            stream.bind(work)
+        if self._crossing is None:
+            assert desk.order.batch is not None
+            self._crossing = Crossing(2 * desk.order.batch)
+        return Fork(self._crossing, desk, up, stream)
+
+    def _open_desk(
+        self,
+        kind: type[Desk],
+        hands: Hands,
+        spec: StageSpec,
+        index: int,
+        stream: DeviceStream,
+        agendas: dict[DeviceStream, Agenda],
+        devices: Sequence[Device],
+    ) -> Desk:
+        assert self.course is not None and spec.order is not None
+        hands.reset()
+        desk = kind(
+            hands,
             spec.order,
             stage=spec.name,
             index=index,
             stages=len(self.specs),
             agenda=agendas.setdefault(stream, Agenda()),
-            host_below=index > 0 and self.specs[index - 1].device.on_host,
+            host_below=index > 0 and devices[index - 1].on_host,
             failed=self.course.backward_failed(spec.name),
         )
-        self.course.add(desk, stream)
+        if hands.learns:
+            self.course.add(desk, stream)
+        else:
+            desk.works[0].timeout = spec.timeout
         return desk
 
     def start(self) -> None:
@@ -213,6 +267,7 @@ class Engine:
         for frame in list(self.frames):
             frame.cancelled = True
             self.settle(frame, self.error)
+        self._tell_let_go()
         for run in list(self.runs):  # one that has nothing here now would wait for its source
             run.refused(self.error)
 
@@ -231,6 +286,8 @@ class Engine:
             stream.close()
         for stream in self.streams:
             await stream.join()
+        if self.course is not None:
+            self.course.forget()
         self._closed = True
         log.info("pipeline.closed", pipeline=self.name, **self.counts)
 
@@ -248,6 +305,12 @@ class Engine:
             return
         self.frames.add(frame)
         self.entered += 1
+        if frame.control is None:
+            self.accepted += 1
+            self.newest = frame.key
+            if frame.ticket is not None and frame.ticket.late:
+                assert self.course is not None
+                self.course.expect(frame.ticket)
         self._inbox.put_nowait(frame)
         if not self._beating:
             self._beating = True
@@ -336,6 +399,46 @@ class Engine:
         assert barrier.done is not None
         await asyncio.shield(barrier.done)
 
+    def hold(self, by: asyncio.Task[Any] | None) -> None:
+        """Admit nothing, and take no late targets, until `let_go`; what is in flight goes on."""
+        self._holders.append(by)
+        self.door.held += 1
+
+    def let_go(self, by: asyncio.Task[Any] | None) -> None:
+        """Undo one `hold`."""
+        if by in self._holders:
+            self._holders.remove(by)
+            self.door.held -= 1
+            self._tell_let_go()
+            self.door.pump()
+
+    def _tell_let_go(self) -> None:
+        if not self.door.held or self.error is not None:
+            for future in self._held_back:
+                if not future.done():
+                    future.set_result(None)
+            self._held_back.clear()
+
+    async def until_let_go(self) -> None:
+        """Wait until nobody holds it.
+
+        Raises:
+            BusyError: the waiting task itself does.
+        """
+        while self.door.held and self.error is None:
+            self.check_not_held()
+            future: asyncio.Future[None] = self.loop.create_future()
+            self._held_back.append(future)
+            await future
+
+    def check_not_held(self) -> None:
+        """Raise `BusyError` where the running task would wait for itself."""
+        if self._holders and asyncio.current_task() in self._holders:
+            raise BusyError(
+                f"pipeline {self.name!r} stands still for this very task: leave the 'async with pipeline.frozen()' "
+                "block first, or use the model it gave you"
+            )
+
     def _flush_idle(self) -> None:
         if self.error is None and not self.frames:
             barrier = Barrier()
@@ -345,10 +448,10 @@ class Engine:
         """What the consumer gets of a settled frame."""
         ticket = frame.ticket
         if ticket is None:
-            return Prediction(frame.value, index, frame.key, None, None, frame.latency, gap)
+            return Prediction(frame.value, index, frame.key, None, None, frame.latency, gap, frame.target)
         output, loss = frame.value
         loss = None if loss is None else float(loss)  # on the host by now
-        return Prediction(output, index, frame.key, loss, tuple(ticket.delays), frame.latency, gap)
+        return Prediction(output, index, frame.key, loss, tuple(ticket.delays), frame.latency, gap, frame.target)
 
     def _tell_idle(self) -> None:
         for future in self._idle:
@@ -450,10 +553,14 @@ class Engine:
         self.undelivered = 0.0
         self.opened = self.now()
         for position, stage in enumerate(self.stages):
-            for recorder in stage.work.recorders:
-                recorder.reset()
+            for work in stage.works:
+                for recorder in work.recorders:
+                    recorder.reset()
+            if stage.desk is not None:
+                stage.desk.delays.clear()
             self._seen[position] = 0
-        self.entered = 0
+        self.entered = self.accepted = 0
+        self.newest = None
 
     def _trace_queues(self, tracer: Tracer) -> None:
         at = self.now()
@@ -466,5 +573,6 @@ class Engine:
         """Write slices of all device streams and of the loop into ``tracer``; None stops."""
         self.tracer = self.completions.tracer = tracer
         for stage in self.stages:
-            for recorder in stage.work.recorders:
-                recorder.tracer = tracer
+            for work in stage.works:
+                for recorder in work.recorders:
+                    recorder.tracer = tracer

@@ -67,6 +67,7 @@ class Prediction:
             without a learner.
         latency: seconds from the frame's arrival at the door to its result.
         dropped_before: frames of this run shed or failed since the previous prediction.
+        target: the ``Sample.target`` it came with.
     """
 
     output: Any
@@ -76,6 +77,7 @@ class Prediction:
     delay: tuple[int, ...] | None = None
     latency: float = 0.0
     dropped_before: int = 0
+    target: Any = None
 
 
 class Owner(Protocol):

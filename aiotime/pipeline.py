@@ -6,14 +6,18 @@ Longer than most modules: it is the public face, half of it docstrings; the work
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from os import PathLike
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
 
 from aiotime.channel import Overflow
+from aiotime.checkpoint import Checkpoint
 from aiotime.devices import Device, default_devices, resolve, resolve_all
 from aiotime.devices.base import Clock, RealClock
 from aiotime.devices.cpu import CpuDevice
@@ -27,10 +31,14 @@ from aiotime.errors import (
     PlanError,
 )
 from aiotime.frame import Prediction, Sample
+from aiotime.frozen import Evaluation
 from aiotime.ingest.inspection import InputSpec, require_finite
-from aiotime.learning.enrolment import enrol_stages, rehearse
+from aiotime.keeper import Keeper
+from aiotime.learning.chimera import Replica, ReplicaLearner
+from aiotime.learning.enrolment import enrol_stages, rehearse, second_hands
 from aiotime.learning.learner import Site
 from aiotime.learning.rule import Rule
+from aiotime.learning.synchronous import Synchronous
 from aiotime.observe.meter import quantile
 from aiotime.observe.stats import Stats, stage_stats
 from aiotime.observe.trace import Trace
@@ -40,6 +48,7 @@ from aiotime.planning.twin import twin
 from aiotime.requests import Request
 from aiotime.runs import Run, RunOptions, RunState, call_dead_letter, check_deadline
 from aiotime.stage import OnError, Retry, Stage, StageSpec, spread, unique_names, with_retries
+from aiotime.standstill import Standstill
 from aiotime.weights import Swap
 
 Balance = Literal["measured", "even"] | Sequence[int]
@@ -113,7 +122,7 @@ class Pipeline:
         traced = trace(model, self._example, dynamic=dynamic)
         if plan is None:
             found = default_devices() if devices is None else resolve_all(devices)
-            plan = make_plan(traced, self._example, found, balance=balance)
+            plan = make_plan(traced, self._example, found, balance=balance, learner=learner)
         else:
             plan.check(traced.layers)
             if not (isinstance(balance, str) and balance == "measured"):
@@ -133,11 +142,13 @@ class Pipeline:
             specs.append(StageSpec(planned.name, piece, device))
         if check_finite:
             specs[0].fn = require_finite(specs[0].fn)
+            specs[0].remake = require_finite
         names = unique_names([spec.name for spec in specs])
         for spec, unique in zip(specs, names, strict=True):
             spec.name = unique
         self._model: torch.nn.Module | None = model
-        self._teach(learner, specs)
+        sizes = plan.sizes
+        self._teach(learner, specs, again=lambda: traced.cut(sizes))
         seconds = [stage.seconds for stage in plan.stages if stage.seconds is not None]
         self._finish(specs, max(seconds) if len(seconds) == len(plan.stages) else None)
 
@@ -189,7 +200,7 @@ class Pipeline:
         specs = []
         for stage, unique in zip(made, names, strict=True):
             device = next(free) if stage.device is None else resolve(stage.device)
-            fn = stage.fn
+            fn, remake = stage.fn, None
             if isinstance(fn, torch.nn.Module):
                 if learner is None:
                     fn.eval()
@@ -198,11 +209,12 @@ class Pipeline:
                 device.place(fn)
                 pipeline._modules[unique] = fn
                 fn = spread(fn)
+                remake = partial(_spread_again, policy=stage.on_error, stage=unique, device=device)
             policy = stage.on_error
             if isinstance(policy, Retry):
                 fn = with_retries(fn, policy, unique, device)
                 policy = policy.then
-            specs.append(StageSpec(unique, fn, device, stage.workers, policy, stage.timeout))
+            specs.append(StageSpec(unique, fn, device, stage.workers, policy, stage.timeout, remake=remake))
         pipeline._teach(learner, specs)
         pipeline._finish(specs, None)
         return pipeline
@@ -227,8 +239,10 @@ class Pipeline:
         self._last_stats: Stats | None = None
         self._paused = False
 
-    def _teach(self, learner: Rule | None, specs: list[StageSpec]) -> None:
-        """Give the stages that learn their hands."""
+    def _teach(
+        self, learner: Rule | None, specs: list[StageSpec], *, again: Callable[[], list[Piece]] = list
+    ) -> None:
+        """Give the stages that learn their hands; ``again`` makes further pieces, for a rule that wants replicas."""
         self._learner = learner
         if learner is None:
             return
@@ -242,23 +256,58 @@ class Pipeline:
                 site.names = {slot: key for key, slot in piece.keys.items()}
             elif root is not None:
                 site.names = {name: f"{spec.name}.{name}" for name, _ in root.named_parameters()}
-            tensor = next(iter(root.parameters()), None) if root is not None else None
-            site.device = tensor.device if tensor is not None else torch.device("cpu")
+            site.device = _torch_device(spec.device, root)
             sites.append(site)
         if self._pieces:
             rehearse(sites, self._example)
         for spec, found in zip(specs, enrol_stages(learner, sites), strict=True):
-            if found is None:
-                continue
-            if spec.workers > 1 or spec.timeout is not None:
+            hands, _ = found
+            if not hands.learns and spec.workers > 1:
+                continue  # several at once, on threads of their own
+            if hands.learns and (spec.workers > 1 or spec.timeout is not None):
                 raise ConfigurationError(
                     f"stage {spec.name!r} learns (or passes gradients on): it needs workers=1 and no timeout"
                 )
             spec.hands, spec.order = found
+        if isinstance(learner, Synchronous) and learner.schedule == "chimera":
+            pieces = again()
+            for site, spec in zip(sites, specs, strict=True):
+                if isinstance(spec.hands, ReplicaLearner):
+                    piece = pieces[site.index] if pieces else None
+                    spec.replica = self._replica(learner, site, spec, specs[-1 - site.index].device, piece)
+
+    def _replica(
+        self, learner: Synchronous, site: Site, spec: StageSpec, device: Device, piece: Piece | None
+    ) -> Replica:
+        """The same stage once more, on ``device``."""
+        assert isinstance(spec.hands, ReplicaLearner)
+        own = dataclasses.replace(site)
+        first = self._modules.get(spec.name)
+        root = None if first is None else twin(first, {})
+        made: Any = root
+        if piece is not None:
+            made, root, own.rebind = piece, piece.module, piece.module.bind
+        if root is not None:
+            device.place(root)
+            own.modules, own.fn = [("", root)], made if spec.remake is None else spec.remake(made)
+        own.device = _torch_device(device, root)
+        return Replica(device, second_hands(learner, own, spec.hands))
 
     def _finish(self, specs: list[StageSpec], first_guess: float | None) -> None:
         self._specs = specs
         self._first_guess = first_guess
+        self._standstill = Standstill(engine=lambda: self._engine, steady=self._steady, stages=len(specs))
+        self._evaluation = Evaluation(self._model, specs, self._modules)
+        self._keeper = Keeper(
+            self.name,
+            specs,
+            model=self._model,
+            pieces=self._pieces,
+            modules=self._modules,
+            rule=self._learner,
+            layers=None if self.plan is None else list(self.plan.sizes),
+            standstill=self._standstill,
+        )
         self.on_error: Mapping[str, OnError] = {s.name: s.on_error for s in specs if s.on_error is not None}
         self.keeps_input = any(callable(policy) for policy in self.on_error.values())  # dead letters show it
         clocks = {id(spec.device.clock): spec.device.clock for spec in specs}
@@ -296,6 +345,7 @@ class Pipeline:
         engine, self._engine = self._engine, None
         if engine is not None:
             self._last_stats, self._closing = self._snapshot(engine), engine
+            self._keeper.ended(engine)
         engine = self._closing
         if engine is not None and not engine.loop.is_closed():  # else what it had ended with its loop
             await engine.close()  # a second caller waits as the first does
@@ -328,6 +378,7 @@ class Pipeline:
         )
         engine.trace_into(self._tracer)
         engine.door.paused = self._paused
+        self._standstill.attach(engine)
         engine.start()
         if self._warm_up and self._example is not None:
             engine.door.paused = True
@@ -352,6 +403,23 @@ class Pipeline:
         engine.reset_counters()
         engine.door.paused = self._paused
         engine.door.pump()
+
+    async def _steady(self) -> Engine | None:
+        """The open engine; one that is ending is waited for."""
+        broken = self._engine if self._engine is not None and self._engine.error is not None else None
+        for ending in (self._closing, broken):
+            if ending is not None and not ending.loop.is_closed():
+                self._check_loop(ending)
+                await ending.close()
+        engine = self._engine
+        if engine is None or engine.error is not None or engine.loop.is_closed():
+            return None
+        self._check_loop(engine)
+        return engine
+
+    def _check_loop(self, engine: Engine) -> None:
+        if engine.loop is not asyncio.get_running_loop():
+            raise ConfigurationError(f"pipeline {self.name!r} is open on another event loop")
 
     # Host, as runs see it
 
@@ -432,6 +500,7 @@ class Pipeline:
             raise engine.error
         if engine.draining:
             raise ClosedError(f"pipeline {self.name!r} is draining and takes no new requests")
+        engine.check_not_held()
         try:
             request = Request(engine, frame, self._spec, keep_input=self.keeps_input)
         except InputError as error:
@@ -480,6 +549,8 @@ class Pipeline:
             state.stop()
         engine.door.paused = False
         engine.door.pump()
+        if engine.door.waiting:
+            await engine.until_let_go()
         await engine.idle()
         await engine.flush()
 
@@ -528,7 +599,79 @@ class Pipeline:
         if engine is None or engine.course is None:
             why = "has no learner" if self._learner is None else "is not open"
             raise ClosedError(f"pipeline {self.name!r} {why}, so no frame waits for a target")
+        await engine.until_let_go()
+        if engine.error is not None:
+            raise engine.error
         return await engine.course.feedback(key, target)
+
+    @asynccontextmanager
+    async def frozen(self) -> AsyncIterator[torch.nn.Module]:
+        """The live model for evaluation, between two frames: ``async with pipeline.frozen() as model:``.
+
+        Every frame that entered before has been learned from, none enters and no late target is taken inside the
+        block; runs and callers wait, and go on when it is left, also by an error or a cancellation. ``model`` is a
+        copy like the one the pipeline was built with (made once), with the weights as they are now, in eval mode,
+        where the user's model is (a pipeline of stages: a module that calls them all in turn). It stays as it is
+        until the next such block.
+
+        Raises:
+            ConfigurationError: the model cannot be copied.
+            BusyError: from `submit` and `feedback`, called by the very task that is inside the block.
+        """
+        async with self._standstill.held():
+            weights = self._keeper.joined(await self._standstill.visit(self._keeper.read_weights))
+            yield await asyncio.to_thread(self._evaluation.with_weights, weights)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    async def checkpoint(
+        self, path: str | PathLike[str], *, position: Any = None, rng: bool = False
+    ) -> Checkpoint:
+        """Save weights, optimizers, rule state and position, at one cut through the stream, into the folder ``path``.
+
+        Every frame that entered before is learned from first (gathered gradients stay gathered), none after it is
+        in; runs and callers see a short pause, and the files are written while they go on. Frames whose target is
+        to come (`LATER`) are not part of it. A checkpoint that is there is kept until the new one is complete.
+
+        Args:
+            path: a folder, see `aiotime.checkpoint`.
+            position: where the source is, as it shall come back from `restore`: plain values, or a callable that
+                returns them, called at the cut. Or give each Sample a ``key``: that of the newest frame comes back.
+            rng: the states of torch's random number generators too.
+
+        Returns:
+            what was written.
+
+        Raises:
+            ConfigurationError: a value that cannot be written, or ``path`` is something else. Then nothing changed.
+        """
+        taken = await self._keeper.taken(position, rng=rng)
+        await asyncio.to_thread(taken.write, path)
+        return taken
+
+    async def restore(self, path: str | PathLike[str] | Checkpoint, *, weights_only: bool = False) -> Checkpoint:
+        """Go on from a checkpoint: open or not, while frames flow or not.
+
+        Frames that entered before are learned from with the old weights; the next one meets the new. Cancelled: it
+        goes on in the background, and no frame enters until it is done.
+
+        Args:
+            path: the folder, or what `checkpoint` or ``Checkpoint.read`` returned.
+            weights_only: leave optimizers, rule state and position; for other cuts, rules and optimizers.
+
+        Returns:
+            the checkpoint, with ``frames``, ``key`` and ``position``.
+
+        Raises:
+            ConfigurationError: there is none, or it does not fit this model, cut, rule or optimizer.
+                Then nothing was changed.
+        """
+        found = path if isinstance(path, Checkpoint) else await asyncio.to_thread(Checkpoint.read, path)
+        if weights_only:
+            await self.load_state_dict(found.weights)
+            return found
+        await self._keeper.put_back(found, self._fitting(found.weights))
+        return found
 
     # ------------------------------------------------------------------ weights
 
@@ -556,11 +699,24 @@ class Pipeline:
             ConfigurationError: missing or unexpected keys (unless ``strict=False``), or a wrong shape;
                 then nothing was changed.
         """
-        own = self.state_dict()
+        swap = Swap(self._keeper.load, self._fitting(state, strict=strict), stages=len(self._specs))
+        engine = self._engine
+        if engine is None or engine.error is not None:
+            for stage in range(len(self._specs)):
+                swap.apply(stage)
+            return
+        swap.done = engine.loop.create_future()
+        engine.enter_control(swap, swap)
+        await asyncio.shield(swap.done)
+
+    def _fitting(self, state: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
+        """Copies of the tensors in ``state`` that the stages take, once all of them fit."""
+        own: dict[str, Any] = self.state_dict()
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if strict and (missing or unexpected):
             raise ConfigurationError(f"load_state_dict: missing keys {missing}, unexpected keys {unexpected}")
-        wrong = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+        tensors = [key for key, value in own.items() if key in state and isinstance(value, torch.Tensor)]
+        wrong = [key for key in tensors if own[key].shape != state[key].shape]
         if wrong:
             key = min(wrong)
             raise ConfigurationError(
@@ -573,33 +729,10 @@ class Pipeline:
                 if key in missing:
                     given[key] = given.get(tied.get((value.data_ptr(), value.shape), ""), own[key])
         with torch.inference_mode(mode=False):  # ordinary tensors, whatever mode the caller is in
-            copied = {key: tensor.detach().clone() for key, tensor in given.items()}
-        swap = Swap(self._load_stage, copied, stages=len(self._specs))
-        engine = self._engine
-        if engine is None or engine.error is not None:
-            for stage in range(len(self._specs)):
-                swap.apply(stage)
-            return
-        swap.done = engine.loop.create_future()
-        engine.enter_control(swap, swap)
-        await asyncio.shield(swap.done)
-
-    def _load_stage(self, stage: int, state: Mapping[str, torch.Tensor]) -> None:
-        if self._model is not None:
-            self._pieces[stage].load(state)
-        else:
-            self._load_module(stage, state)
-        if (hands := self._specs[stage].hands) is not None:
-            hands.adopt()
-
-    def _load_module(self, stage: int, state: Mapping[str, torch.Tensor]) -> None:
-        name = self._specs[stage].name
-        module = self._modules.get(name)
-        if module is not None:
-            own = module.state_dict()
-            mine = {key: state[f"{name}.{key}"] for key in own if f"{name}.{key}" in state}
-            mine = {key: value.to(device=own[key].device, dtype=own[key].dtype) for key, value in mine.items()}
-            module.load_state_dict(mine, strict=False, assign=True)
+            return {
+                key: value.detach().clone() if isinstance(value, torch.Tensor) else value
+                for key, value in given.items()
+            }
 
     # ------------------------------------------------------------------ observation
 
@@ -630,7 +763,8 @@ class Pipeline:
         elapsed = engine.now() - engine.opened
         latencies = engine.latencies.values()
         stages = []
-        for runner in engine.stages:
+        course = engine.course
+        for index, runner in enumerate(engine.stages):
             inbox = runner.inbox.statistics()
             stages.append(
                 stage_stats(
@@ -641,6 +775,8 @@ class Pipeline:
                     queue=inbox.occupancy + max(0, sum(not p.done for p in runner.launched) - runner.spec.workers),
                     queue_mean=inbox.occupancy_mean,
                     queue_max=inbox.occupancy_max,
+                    backward=[recorder for work in runner.works[1:] for recorder in work.recorders],
+                    learning=course.lessons(index, elapsed) if course is not None else None,
                 )
             )
         return Stats(
@@ -659,6 +795,7 @@ class Pipeline:
             latency_p99=quantile(latencies, 0.99),
             stages=tuple(stages),
             undelivered_mean=engine.undelivered / elapsed if elapsed else 0.0,
+            learning_failed=course.failed if course is not None else 0,
         )
 
     @contextmanager
@@ -682,3 +819,19 @@ class Pipeline:
     def __repr__(self) -> str:
         stages = ", ".join(f"{spec.name}@{spec.device.name}" for spec in self._specs)
         return f"<Pipeline {self.name!r}: {stages}>"
+
+
+def _torch_device(device: Device, root: torch.nn.Module | None) -> torch.device:
+    """Where the parameters of a stage are, or would be."""
+    tensor = next(iter(root.parameters()), None) if root is not None else None
+    if tensor is not None:
+        return tensor.device
+    return torch.device("cpu" if device.on_host else device.name)
+
+
+def _spread_again(
+    module: torch.nn.Module, *, policy: OnError | Retry | None, stage: str, device: Device
+) -> Callable[[Any], Any]:
+    """A stage's function for a copy of its module."""
+    fn = spread(module)
+    return with_retries(fn, policy, stage, device) if isinstance(policy, Retry) else fn

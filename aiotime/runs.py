@@ -356,7 +356,9 @@ class RunState:
 
     def learning_failed(self, error: AiotimeError) -> None:
         """A backward of one of our frames raised: its prediction was handed out, learning from it was not possible."""
-        if self.options.on_error == "raise" and self.error is None and not self.closing:
+        stage = error.stage if isinstance(error, FrameError) else None
+        policy = self.host.on_error.get(stage, self.options.on_error) if stage else self.options.on_error
+        if policy == "raise" and self.error is None and not self.closing:
             self.error = error
             self.stop()
 

@@ -23,6 +23,7 @@ from aiotime.errors import ConfigurationError, FrameError
 from aiotime.frame import Frame
 
 if TYPE_CHECKING:
+    from aiotime.learning.chimera import Fork, Replica
     from aiotime.learning.desk import Desk, Hands
     from aiotime.learning.order import Order
 
@@ -133,6 +134,8 @@ class StageSpec:
     timeout: float | None = None
     hands: Hands | None = None  # what learns here
     order: Order | None = None  # and in which order
+    replica: Replica | None = None  # of the same stage, for the pipeline in the other direction
+    remake: Callable[[Any], Callable[[Any], Any]] | None = None  # ``fn`` of a copy of its module
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
@@ -197,7 +200,7 @@ class StageRunner:
         stream: DeviceStream,
         limit: int,
         ready: Callable[[Pending], Awaitable[None]],
-        desk: Desk | None = None,
+        desk: Desk | Fork | None = None,
     ) -> None:
         self.spec = spec
         self.desk = desk  # decides the order of jobs where this stage learns

@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.live import Live
 
-from aiotime.cli.factory import make, parse_balance, parse_devices, parse_file
+from aiotime.cli.factory import find, make, parse_balance, parse_devices, parse_file
 from aiotime.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from aiotime.learning import Rule
+
+
+def parse_rule(text: str) -> Rule:
+    """``adam`` -> `Delayed` with torch.optim.Adam; ``module:rule`` -> that rule, or what the function there returns."""
+    import torch
+
+    from aiotime.learning import Delayed, Rule
+
+    if ":" in text:
+        found = find(text)
+        rule = found if isinstance(found, Rule) or not callable(found) else found()
+        if not isinstance(rule, Rule):
+            raise click.UsageError(f"--learn {text}: expected a rule of aiotime.learning, got a {type(rule).__name__}")
+        return rule
+    optimizers = {
+        name.lower(): kind
+        for name, kind in vars(torch.optim).items()
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+    }
+    if text.lower() not in optimizers:
+        raise click.UsageError(
+            f"--learn {text}: torch.optim has {', '.join(sorted(optimizers))}; or name a rule of yours as module:rule"
+        )
+    return Delayed(loss=torch.nn.functional.mse_loss, optimizer=optimizers[text.lower()])
 
 
 @click.command(short_help="Measure a model and print how it would be cut.")
@@ -19,6 +47,11 @@ from aiotime.errors import ConfigurationError
     "-d", "--devices", metavar="LIST", help="Where stages may run: cpu:0,cpu:1. By default all GPUs, else all cores."
 )
 @click.option("--balance", default="measured", show_default=True, help="measured, even, or layers per stage: 3,5.")
+@click.option(
+    "--learn",
+    metavar="OPTIMIZER",
+    help="Plan for a model that learns: adam, sgd, ... of torch.optim with the rule Delayed, or MODULE:RULE, your own.",
+)
 @click.option("--layers", is_flag=True, help="Print every layer, not only the stages.")
 @click.option(
     "--json",
@@ -28,7 +61,13 @@ from aiotime.errors import ConfigurationError
     help="Save the plan, for `aiotime run --plan`.",
 )
 def plan(
-    factory: str, example: tuple[str, ...], devices: str | None, balance: str, layers: bool, json_file: str | None
+    factory: str,
+    example: tuple[str, ...],
+    devices: str | None,
+    balance: str,
+    learn: str | None,
+    layers: bool,
+    json_file: str | None,
 ) -> None:
     """Measure a model and print how it would be cut.
 
@@ -36,8 +75,12 @@ def plan(
     each device; the cut is the one with the fastest slowest stage. Fewer stages than devices are
     used where more do not pay, and the plan says so.
 
+    With --learn each layer's backward and update are timed as well, and the plan says what learning takes of memory.
+    The loss is not part of it.
+
     \b
       aiotime plan net:make --example 1,3,256,256 --devices cpu:0,cpu:1 --json plan.json
+      aiotime plan net:make --example 1,3,256,256 --devices cpu:0,cpu:1 --learn adam
     """  # noqa: D301 - \b keeps click from joining these lines
     import aiotime
 
@@ -48,11 +91,17 @@ def plan(
             raise click.UsageError(
                 f"{factory} made a Pipeline, which is cut already; name a function that makes the model"
             )
-        made.model.eval()  # as a pipeline runs it
+        learner = None if learn is None else parse_rule(learn)
+        if learner is None:
+            made.model.eval()  # as a pipeline runs it
         # no spinner: drawing it would take time from what is measured
         with Live("measuring the model …", console=Console(stderr=True), auto_refresh=False, transient=True):
             planned = aiotime.plan(
-                made.model, example=made.example, devices=parse_devices(devices), balance=parse_balance(balance)
+                made.model,
+                example=made.example,
+                devices=parse_devices(devices),
+                balance=parse_balance(balance),
+                learner=learner,
             )
     except ConfigurationError as error:
         raise click.UsageError(str(error)) from error

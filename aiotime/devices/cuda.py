@@ -29,7 +29,7 @@ import torch
 
 from aiotime.devices.accelerator import Accelerator
 from aiotime.devices.backend import HOST, NOWHERE, Backend, torch_backend
-from aiotime.devices.base import Completions, Device, Pending, Work
+from aiotime.devices.base import Agenda, Completions, Device, Job, Pending, Work
 from aiotime.devices.lane import Lane
 from aiotime.devices.links import link
 from aiotime.devices.poller import Pace, Poller
@@ -52,7 +52,11 @@ class AcceleratorStream(WorkerStream):
         self._paces: list[Pace] = []
 
     def exclusive(self, work: Work, action: Callable[[], None], frame: Frame, *, last: bool) -> Pending:
-        """As for any stream; the device stands still before and after ``action``.
+        """As for any stream; the device stands still before and after ``action``."""
+        return super().exclusive(work, self._alone(action), frame, last=last)
+
+    def _alone(self, action: Callable[[], None]) -> Callable[[], None]:
+        """``action`` on a device that stands still.
 
         Weights that it replaces are still being read by frames launched before, and their memory would be reused
         by streams that do not wait for those; new weights may have been made on a stream that ours do not wait for.
@@ -65,7 +69,7 @@ class AcceleratorStream(WorkerStream):
                 action()
             backend.synchronize(index)
 
-        return super().exclusive(work, alone, frame, last=last)
+        return alone
 
     async def join(self) -> None:
         await super().join()
@@ -94,6 +98,15 @@ class AcceleratorStream(WorkerStream):
         else:
             lane.run(work.fn, up, mine, host_output=work.host_output)
 
+    def _take(self, worker: Worker, agenda: Agenda) -> Job | None:
+        lane: Lane | None = getattr(self._own, "lane", None)
+        if lane is not None:
+            lane.retire()
+        job = super()._take(worker, agenda)
+        if job is None or job[4] is None:
+            return job
+        return *job[:4], self._alone(job[4])
+
     def _park(self, worker: Worker) -> bool:
         lane: Lane | None = getattr(self._own, "lane", None)
         if lane is not None:
@@ -103,6 +116,8 @@ class AcceleratorStream(WorkerStream):
     def _lane(self) -> Lane:
         lane: Lane | None = getattr(self._own, "lane", None)
         if lane is None:  # with the first job, so that a failure is that job's
+            # weights were copied and optimizers made on other streams, which those of the lane do not wait for
+            self._accelerator.backend.synchronize(self._accelerator.index)
             pace = Pace(threading.current_thread().name)
             lane = self._own.lane = Lane(self._accelerator, pace=pace)
             self._paces.append(pace)

@@ -139,7 +139,7 @@ class SimulatedStream(DeviceStream):
 
     def ring(self) -> None:
         if asyncio._get_running_loop() is self._completions.loop:
-            self._start_ready()
+            self._start_soon()
         else:  # a worker thread of another device settled our upstream
             self._completions.loop.call_soon_threadsafe(self._start_ready)
 
@@ -165,6 +165,13 @@ class SimulatedStream(DeviceStream):
             up.bell = self
         self._clock.touch()
         return mine
+
+    def _start_soon(self) -> None:
+        """An agenda chooses among all that this instant brings, so it is asked after the last completion of it."""
+        if self._jobs and not isinstance(self._jobs[0], tuple):
+            self._clock.call_at(self._clock.now(), self._start_ready)
+        else:
+            self._start_ready()
 
     def _start_ready(self) -> None:
         while self._jobs and self._free:
@@ -234,7 +241,7 @@ class SimulatedStream(DeviceStream):
             self._free.append(number)
             self._free.sort()
             self._settle(up, mine)
-            self._start_ready()
+            self._start_soon()
 
         self._clock.call_at(start + spent, finish)
 

@@ -58,20 +58,25 @@ class Door:
         return sum(map(len, self._flows.values()))
 
     @property
+    def shut(self) -> bool:
+        """Nobody is admitted for now."""
+        return self.paused or self.held > 0
+
+    @property
     def full(self) -> bool:
         """Somebody waits: all credits are out."""
         return bool(self._flows)
 
     def take(self) -> bool:
         """One credit at once, where nobody waits and no byte budget asks for sizes; the frame must enter now."""
-        if self._flows or self.paused or self.held or self.used >= self.frames or self.nbytes is not None or self._pumping:
+        if self._flows or self.shut or self.used >= self.frames or self.nbytes is not None or self._pumping:
             return False
         self.used += 1
         return True
 
     def admit(self, flow: Hashable, entrant: Entrant) -> bool:
         """Let ``entrant`` in at once (True), or when its turn comes (False)."""
-        free = not self._flows and not self.paused and not self.held and not self._pumping and self.used < self.frames
+        free = not self._flows and not self.shut and not self._pumping and self.used < self.frames
         if free and (self.nbytes is None or self._fits(entrant)):
             self._enter(entrant)
             return True
@@ -108,7 +113,7 @@ class Door:
             return  # an entrant settled on its way in: the outer call goes on
         self._pumping = True
         try:
-            while self._flows and not self.paused and not self.held and self.used < self.frames:
+            while self._flows and not self.shut and self.used < self.frames:
                 flow = next(iter(self._flows))
                 queue = self._flows[flow]
                 if self.nbytes is not None and not self._fits(queue[0]):

@@ -37,10 +37,13 @@ class Boundary:
 
     Args:
         differentiable: somebody upstream learns, so floating tensors must require grad.
+        own: the graph keeps copies. On an accelerator what comes in was allocated on another stream, and goes back to
+            that stream the moment a graph lets go of it, while this stream may still have to run the backward.
     """
 
-    def __init__(self, *, differentiable: bool) -> None:
+    def __init__(self, *, differentiable: bool, own: bool = False) -> None:
         self._differentiable = differentiable
+        self._own = own
         self._mutates: bool | None = None  # does the stage write into what it is given? found out with the first value
 
     def enter(self, value: Any) -> tuple[Any, list[torch.Tensor]]:
@@ -52,8 +55,8 @@ class Boundary:
             if not isinstance(tensor, torch.Tensor):
                 return tensor
             leaf = tensor.detach()
-            if leaf.is_inference():
-                leaf = leaf.clone()  # cannot be saved for a backward
+            if self._own or leaf.is_inference():  # which cannot be saved for a backward
+                leaf = leaf.clone()
             if self._differentiable and (leaf.is_floating_point() or leaf.is_complex()):
                 leaf.requires_grad_()
             found.append(leaf)

@@ -10,12 +10,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from aiotime.devices.base import DeviceStream
+from aiotime.devices.base import DeviceStream, Pending
 from aiotime.errors import AiotimeError, FeedbackError, InputError, StageError
 from aiotime.frame import LATER, Frame
 from aiotime.learning.desk import Desk, Lost
+from aiotime.learning.learner import StageLearner
 from aiotime.learning.rule import Rule
 from aiotime.learning.ticket import Ticket
+from aiotime.observe.lessons import Lessons, lessons
 from aiotime.observe.log import get_logger
 
 log = get_logger()
@@ -56,6 +58,7 @@ class Course:
         self._late: OrderedDict[Hashable, Ticket] = OrderedDict()
         self._scene = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._over = False
 
     def add(self, desk: Desk, stream: DeviceStream) -> None:
         """One more learning stage, from the input on."""
@@ -94,14 +97,16 @@ class Course:
         )
         ticket.scene = self._scene
         ticket.owner = frame.owner
+        if learn and self.rule.clip == "global":
+            ticket.norms = [0.0] * self.stages
+            ticket.updates = [Pending() for _ in range(self.stages + 1)]
         if self.rule.wants_raw and frame.tail is not None:
             ticket.raw = frame.tail.value
-        if late:
-            self._keep(frame.key, ticket)
 
-    def _keep(self, key: Hashable, ticket: Ticket) -> None:
-        older = self._late.pop(key, None)
-        self._late[key] = ticket
+    def expect(self, ticket: Ticket) -> None:
+        """A frame whose target comes later went in; one that never does cannot be learned from."""
+        older = self._late.pop(ticket.key, None)
+        self._late[ticket.key] = ticket
         if len(self._late) > self.rule.late:
             _, older = self._late.popitem(last=False)
         if older is not None:
@@ -125,14 +130,34 @@ class Course:
                 f"already, or was given up after {self.rule.late} newer ones (late={self.rule.late})"
             )
         ticket.target = target
-        for desk, stream in self.desks:
-            desk.release_late(stream, ticket)
-        learned = ticket.grads[self.desks[0][0].index]
-        await learned.finished()
-        error = learned.error or (learned.value.error if isinstance(learned.value, Lost) else None)
-        if error is not None:
-            raise FeedbackError(f"frame {ticket.index} with key {key!r} could not be learned from: {error}") from error
+        taken = [desk.release_late(stream, ticket) for desk, stream in self.desks]
+        if not all(taken):  # nobody would ever settle what is awaited below
+            raise FeedbackError(f"frame {ticket.index} with key {key!r} cannot be learned from: the pipeline has ended")
+        for desk, _ in reversed(self.desks):  # with losses of their own the lower stages may be the first to end
+            learned = ticket.grads[desk.index]
+            await learned.finished()
+            error = learned.error or (learned.value.error if isinstance(learned.value, Lost) else None)
+            if error is not None:
+                raise FeedbackError(
+                    f"frame {ticket.index} with key {key!r} could not be learned from: {error}"
+                ) from error
         return float(ticket.loss.detach())
+
+    def lessons(self, stage: int, elapsed: float) -> Lessons | None:
+        """What ``stage`` learned, ``elapsed`` seconds after the opening; None where it does not learn."""
+        desk = next((desk for desk, _ in self.desks if desk.index == stage), None)
+        if desk is None or not isinstance(desk.hands, StageLearner) or not desk.hands.learns:
+            return None
+        hands = desk.hands
+        return lessons(
+            [recorder for work in desk.works[1:] for recorder in work.recorders],
+            elapsed=elapsed,
+            frames=hands.learned,
+            updates=hands.updater.updates if hands.updater is not None else 0,
+            skipped=hands.updater.skipped if hands.updater is not None else 0,
+            delays=dict(desk.delays),
+            kept_bytes=hands.kept_nbytes(),
+        )
 
     # ------------------------------------------------------------------ errors and the end
 
@@ -157,6 +182,8 @@ class Course:
     def _tell(self, ticket: Ticket, error: AiotimeError) -> None:
         self.failed += 1
         log.error("learning.failed", frame=ticket.index, error=str(error))
+        if ticket.late:
+            return  # whoever brought the target is told
         told = getattr(ticket.owner, "learning_failed", None)
         if told is not None:
             told(error)
@@ -165,13 +192,20 @@ class Course:
         """The pipeline ends: gradients that are under way will not arrive."""
         for desk, _ in self.desks:
             desk.abort(error)
+        self._over = True
         if self._timer is not None:
             self._timer.cancel()
+
+    def forget(self) -> None:
+        """The device streams have ended: nothing is kept for targets that never came."""
+        self._late.clear()
+        for desk, _ in self.desks:
+            desk.forget()
 
     def quiet(self, flush: Callable[[], None]) -> None:
         """Nothing is in flight: a strict order finishes what it has once that has lasted for ``rule.idle``."""
         idle = self.rule.idle
-        if not self.strict or idle is None:
+        if not self.strict or idle is None or self._over:
             return
         self.touched = self.loop.time()
         if self._timer is None:

@@ -11,38 +11,52 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from aiotime.errors import ConfigurationError
-from aiotime.learning.learner import Site, StageLearner, nothing_to_learn
+from aiotime.learning.chimera import ReplicaLearner
+from aiotime.learning.learner import Passage, Site, StageLearner, nothing_to_learn
 from aiotime.learning.order import Order
 from aiotime.learning.rule import Rule
+from aiotime.learning.synchronous import Synchronous
 
 _BATCH_STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def enrol_stages(rule: Rule, sites: Sequence[Site]) -> list[tuple[StageLearner, Order] | None]:
-    """Hands and order per stage; None for stages below the first that has something to learn.
+def enrol_stages(rule: Rule, sites: Sequence[Site]) -> list[tuple[StageLearner, Order]]:
+    """Hands and order per stage; those below the first that has something to learn only let frames pass.
 
     Raises:
         ConfigurationError: nothing can be learned, a parameter occurs in two stages, or the rule does not fit.
     """
-    if not isinstance(rule, Rule):
-        raise ConfigurationError(
-            f"learner must be a rule of aiotime.learning, such as Delayed(loss=..., optimizer=...), not {rule!r}"
-        )
+    check_rule(rule)
     rule.check(len(sites))
     trainable = [any(p.requires_grad for _, root in site.modules for p in root.parameters()) for site in sites]
     if not any(trainable):
         raise nothing_to_learn([site.name for site in sites])
     _check_shared(sites)
     _warn_of_batch_norm(sites)
+    _copy_buffers(sites)
     first = trainable.index(True)
-    found: list[tuple[StageLearner, Order] | None] = []
+    found: list[tuple[StageLearner, Order]] = []
     for site in sites:
         if site.index < first:
-            found.append(None)
+            found.append((Passage(site, rule), Order()))
             continue
         site.passes_down = site.index > first
         found.append((rule.stage(site), rule.order(site.index, len(sites))))
     return found
+
+
+def second_hands(rule: Synchronous, site: Site, of: ReplicaLearner) -> ReplicaLearner:
+    """Those of a stage's replica at ``site``."""
+    _copy_buffers([site])
+    return rule.replica(site, of)
+
+
+def check_rule(rule: Any) -> None:
+    """Refuse what is no rule."""
+    if not isinstance(rule, Rule):
+        raise ConfigurationError(
+            f"learner must be a rule of aiotime.learning, such as Delayed(loss=..., optimizer=...), not {rule!r}"
+        )
 
 
 def rehearse(sites: Sequence[Site], example: Any) -> None:
@@ -60,6 +74,8 @@ def rehearse(sites: Sequence[Site], example: Any) -> None:
                 site.entry = pytree.tree_map(lambda leaf: _copied(leaf, None), value)
                 value = site.fn(value)
                 site.exit = value
+            for site in sites:
+                site.final = value
             for buffer, before in zip(buffers, values, strict=True):
                 buffer.copy_(before)
     finally:
@@ -87,6 +103,24 @@ def _check_shared(sites: Sequence[Site]) -> None:
                         f"{other!r} of stage {at!r} is also {mine!r} of stage {site.name!r}: two stages cannot both "
                         "update one parameter. Put both uses into one stage (balance=[...]), untie them, or freeze it"
                     )
+
+
+def _copy_buffers(sites: Sequence[Site]) -> None:
+    """Layers in training mode write into their buffers: into ours from here on, the user's model keeps its own."""
+    copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the original, so that no other gets its id
+    with torch.inference_mode(mode=False):
+        for site in sites:
+            for _, root in site.modules:
+                for module in root.modules():
+                    if isinstance(module, torch.jit.ScriptModule):
+                        continue
+                    for name, buffer in module._buffers.items():
+                        if buffer is not None:
+                            if id(buffer) not in copies:
+                                copies[id(buffer)] = (buffer, buffer.detach().clone())
+                            module._buffers[name] = copies[id(buffer)][1]
+            if site.rebind is not None:
+                site.rebind()
 
 
 def _warn_of_batch_norm(sites: Sequence[Site]) -> None:

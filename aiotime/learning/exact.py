@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from aiotime.learning.learner import Site, StageLearner
+from aiotime.learning.norm import WholeNormLearner
 from aiotime.learning.order import Order
 from aiotime.learning.rule import Rule
 
@@ -16,7 +18,12 @@ class Exact(Rule):
     """
 
     accepts_late = True
+    without_delay = True
 
     def order(self, stage: int, stages: int) -> Order:
         """A forward waits for every backward before it."""
-        return Order(0)
+        return Order(0, meet=self.clip == "global")
+
+    def stage(self, site: Site) -> StageLearner:
+        """Back-propagation."""
+        return WholeNormLearner(site, self) if self.clip == "global" else StageLearner(site, self)

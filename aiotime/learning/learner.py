@@ -44,6 +44,7 @@ class Site:
         entry: what comes in, for an example frame; None where that is not known (`Pipeline.from_stages`).
         exit: what goes out for it.
         example: the frame itself.
+        final: what leaves the last stage for it.
     """
 
     index: int
@@ -58,6 +59,7 @@ class Site:
     entry: Any = None
     exit: Any = None
     example: Any = None
+    final: Any = None
 
     @property
     def top(self) -> bool:
@@ -88,17 +90,21 @@ class StageLearner:
         rule: the user's settings.
     """
 
+    learns = True  # see `Passage`
+    unformed = False  # see `aiotime.learning.heads.Headed`
+
     def __init__(self, site: Site, rule: Rule) -> None:
         self.site = site
         self.rule = rule
         self.top = site.top
-        self.boundary = Boundary(differentiable=site.passes_down)
+        self.boundary = Boundary(differentiable=site.passes_down, own=site.device.type != "cpu")
         self.weights = Weights(slots_of(site.modules, site.names), rebind=site.rebind)
         self.updater = self.make_updater()
         self.kept: dict[Ticket, Kept] = {}
         self.stash = True  # a backward sees the weights of its forward
         self.learned = 0  # frames learned from
         self.scale = 1.0  # the losses of the gradients gathered were multiplied by this
+        self._anchor: list[torch.Tensor] = []
         self._switches = [m for _, root in site.modules for m in root.modules() if m.training]
 
     def make_updater(self) -> Updater | None:
@@ -130,14 +136,15 @@ class StageLearner:
             self.boundary.learned(watched)
             kept.outputs = tensors_of(output)
             if self.top and not ticket.late:
-                kept.loss = ticket.loss = self.loss_of(ticket, output)
+                kept.loss = self.loss_of(ticket, output)
+                ticket.loss = kept.loss.detach()  # a ticket may outlive its graph
             elif self.top:
                 kept.extra = output
         self.kept[ticket] = kept
         output = detached(output)
         if not self.top:
             return output
-        return output, None if ticket.loss is None else ticket.loss.detach()
+        return output, ticket.loss
 
     def compute(self, ticket: Ticket, kept: Kept, given: Any) -> Any:
         """The stage's function on ``given``; ``kept.weights`` says which weights it read."""
@@ -151,6 +158,12 @@ class StageLearner:
         kept = self.kept.pop(ticket)
         down, grads = self.differentiate(ticket, kept, message)
         self.learn(ticket, kept, grads)
+        return down
+
+    def relay(self, ticket: Ticket, loss: int, message: Message) -> Message:
+        """The gradient of the loss at stage ``loss``, one stage further down; this stage's weights stay as they are."""
+        kept = self.kept[ticket]
+        down, _ = self.pull_back(*self.seeded(kept, message), kept.entry, [], retain=True)
         return down
 
     def finish(self, ticket: Ticket) -> None:
@@ -185,9 +198,14 @@ class StageLearner:
         if self.top:
             if kept.loss is None:  # the target came late
                 with self.recording():
-                    kept.loss = ticket.loss = self.loss_of(ticket, kept.extra)
+                    kept.loss = self.loss_of(ticket, kept.extra)
+                ticket.loss = kept.loss.detach().cpu()  # read on the loop, which must not wait for a device
             scale = ticket.scale = self.rule.loss_scale()
             return [kept.loss], [None if scale == 1.0 else torch.full_like(kept.loss, scale)]
+        return self.seeded(kept, message)
+
+    def seeded(self, kept: Kept, message: Message) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """The outputs that ``message`` has gradients for, and those gradients."""
         if message is None:
             return [], []
         pairs = [
@@ -259,6 +277,11 @@ class StageLearner:
     def reset(self) -> None:
         """A new engine begins: nothing is in flight."""
         self.kept.clear()
+        if self.site.device.type != "cpu":
+            # made on other streams, perhaps those of the engine before: what is replaced must not go back to them, to
+            # be used again at once, while work of the new streams that reads it is still queued
+            masters = [master.data for master in self.weights.masters]
+            self._anchor = [*masters, *tensors_of(self.state_dict())]
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside the weights: optimizer and rule state; tensors and plain values."""
@@ -270,18 +293,54 @@ class StageLearner:
         if self.updater is not None and state["updater"] is not None:
             self.updater.load_state_dict(state["updater"])
 
+    def about(self) -> dict[str, Any]:
+        """What a learner must have in common with this one to go on from its state; plain values."""
+        updater = self.updater
+        scheduler = None if updater is None else updater.scheduler
+        return {
+            "learner": type(self).__name__,
+            "parameters": {
+                name: list(master.shape) for name, master in zip(self.weights.names, self.weights.masters, strict=True)
+            },
+            "optimizer": None if updater is None else type(updater.optimizer).__name__,
+            "parameter groups": []
+            if updater is None
+            else [len(group["params"]) for group in updater.optimizer.param_groups],
+            "scheduler": None if scheduler is None else type(scheduler).__name__,
+        }
+
     def kept_nbytes(self) -> int:
         """Bytes of activations and old weights held for backwards to come (what autograd saves inside not counted)."""
-        held = sum(nbytes_of(kept.entry) + nbytes_of(kept.outputs) for kept in self.kept.values())
-        versions = {kept.version for kept in self.kept.values()} - {self.weights.version}
+        now = list(self.kept.values())  # the device stream goes on while somebody looks
+        held = sum(nbytes_of(kept.entry) + nbytes_of(kept.outputs) for kept in now)
+        versions = {kept.version for kept in now} - {self.weights.version}
         return held + len(versions) * self.weights.nbytes()
+
+
+class Passage(StageLearner):
+    """A stage below the first that learns: it only computes, in the mode that the frame asks for.
+
+    It has hands so that its jobs stand in the agenda of its device stream: behind a learning stage's job that waits
+    they would wait as well, and that one perhaps for them.
+    """
+
+    learns = False
+
+    def make_updater(self) -> Updater | None:
+        """There is nothing to learn."""
+        return None
+
+    def forward(self, ticket: Ticket, value: Any) -> Any:
+        """The module's own mode, no graph."""
+        with torch.inference_mode(), self.rule.autocast(self.site.device):
+            return self.site.fn(value)
 
 
 def check_target(output: Any, target: Any, error: Exception, *, frame: int, key: Any) -> InputError:
     """``error``, raised by the loss, as a refusal that shows what was compared."""
-    shapes = [tuple(t.shape) for t in tensors_of(output)], [tuple(t.shape) for t in tensors_of(target)]
+    shapes = [", ".join(str(tuple(t.shape)) for t in tensors_of(value)) for value in (output, target)]
     return InputError(
-        f"frame {frame} was refused by the loss: output {shapes[0]} against target {shapes[1]}: "
+        f"frame {frame} was refused by the loss: output {shapes[0]} against target {shapes[1] or repr(target)}: "
         f"{type(error).__name__}: {error}",
         frame=frame,
         key=key,

@@ -6,10 +6,11 @@ A rule is two small things: an order of jobs for each stage (`order`) and a pair
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -33,6 +34,8 @@ class Rule(ABC):
         scheduler: ``optimizer -> scheduler``, stepped once per update of its stage.
         param_groups: ``named parameters of a stage -> groups`` for the optimizer.
         clip_norm: largest norm of a stage's gradient; None: no clipping.
+        clip: "stage", or "global": ``clip_norm`` is for the gradient of the whole model (rules without delay only:
+            every stage waits for the norms of the others before it updates).
         update_every: frames whose gradients are averaged into one update.
         guard: skip updates whose gradient is not finite, and count them.
         precision: ``torch.bfloat16`` or ``torch.float16``: forward under autocast.
@@ -48,6 +51,7 @@ class Rule(ABC):
         scheduler: SchedulerFactory | None = None,
         param_groups: ParamGroups | None = None,
         clip_norm: float | None = None,
+        clip: Literal["stage", "global"] = "stage",
         update_every: int = 1,
         guard: bool = True,
         precision: torch.dtype | None = None,
@@ -63,6 +67,16 @@ class Rule(ABC):
             )
         if clip_norm is not None and not clip_norm > 0:
             raise ConfigurationError(f"clip_norm must be positive, not {clip_norm}")
+        if clip not in ("stage", "global"):
+            raise ConfigurationError(f'clip must be "stage" or "global", not {clip!r}')
+        if clip == "global" and clip_norm is None:
+            raise ConfigurationError('clip="global" needs the largest norm allowed: clip_norm=1.0, for instance')
+        if clip == "global" and not self.without_delay:
+            raise ConfigurationError(
+                f'{type(self).__name__} cannot clip by the global norm: that is known once the first stage has its '
+                "gradient, and by then later stages have updated from newer frames. Use clip=\"stage\" (with S stages, "
+                "clip_norm / sqrt(S) bounds the whole), or a rule without delay: Exact, Synchronous"
+            )
         if update_every < 1:
             raise ConfigurationError(f"update_every is a number of frames from 1, not {update_every}")
         if precision not in (None, torch.bfloat16, torch.float16):
@@ -76,6 +90,7 @@ class Rule(ABC):
         self.scheduler = scheduler
         self.param_groups = param_groups
         self.clip_norm = clip_norm
+        self.clip = clip
         self.update_every = update_every
         self.guard = guard
         self.precision = precision
@@ -94,6 +109,7 @@ class Rule(ABC):
         return StageLearner(site, self)
 
     wants_raw = False  # stages are shown the frame as it entered (`Ticket.raw`)
+    without_delay = False  # no stage updates before every stage has its gradient at the same weights
     accepts_late = False  # a backward may come at any time
 
     def check(self, stages: int) -> None:  # noqa: B027 - most rules work with any number
@@ -112,11 +128,12 @@ class Rule(ABC):
         """Versions of its weights that ``stage`` holds at most, the newest counted."""
         if not self.stashes or self.order(stage, stages).batch is not None:
             return 1  # a mini-batch is updated when no graph of it is left
-        return self.graphs(stage, stages)
+        return 1 + math.ceil((self.graphs(stage, stages) - 1) / self.update_every)
 
     def reach(self, stage: int, stages: int) -> int:
         """Stages above ``stage`` that its backward of a frame waits for; 0 where each has a loss of its own."""
-        return stages - 1 - stage
+        above, reach = stages - 1 - stage, self.order(stage, stages).reach
+        return above if reach is None else min(reach, above)
 
     # ------------------------------------------------------------------ what the hands use
 

@@ -23,11 +23,14 @@ class Ticket:
         learn: it has (or will have) something to be learned from; otherwise it is predicted only.
         target: for the loss; meaningless where ``learn`` is False.
         late: its target comes by `Pipeline.feedback`; until then its graphs are kept.
+        place: position in its mini-batch, where that decides which replica of a stage takes it; -1: not yet decided.
+        norms, updates: per stage, where clipping is global; see `aiotime.learning.norm`.
         scene: number of scene cuts before it; gradients do not cross a cut.
         raw: the frame as it entered, where the rule asked for it.
         delays: per stage: updates of earlier frames that its weights lacked when it passed.
         loss: 0-dim tensor, once the last stage has it.
         grads: per stage boundary: the message that travels down through it.
+        final: the model's output for a frame whose shapes are not known before it comes: meta tensors.
         shadow: the frame as backward jobs name it; nobody can cancel it.
         owner: whoever is told when learning from it fails.
     """
@@ -35,18 +38,23 @@ class Ticket:
     __slots__ = (
         "delays",
         "expired",
+        "final",
         "grads",
         "index",
         "key",
         "late",
         "learn",
         "loss",
+        "norms",
         "owner",
+        "place",
         "raw",
+        "relays",
         "scale",
         "scene",
         "shadow",
         "target",
+        "updates",
     )
 
     def __init__(
@@ -65,4 +73,13 @@ class Ticket:
         self.scale = 1.0  # the loss was multiplied by this before it was differentiated (float16)
         self.owner: Any = None
         self.grads: list[Pending] = [Pending() for _ in range(stages + 1)] if learn else []
+        self.final: Any = None
+        self.norms: list[float] = []
+        self.place = -1
+        self.updates: list[Pending] = []
+        self.relays: dict[tuple[int, int], Pending] = {}
         self.shadow = Frame(NOBODY, index, Pending(done=True), 0.0) if learn else None
+
+    def relayed(self, stage: int, loss: int) -> Pending:
+        """What ``stage`` sends down of the gradient of the loss at stage ``loss``; any thread, the same each time."""
+        return self.relays.setdefault((stage, loss), Pending())

@@ -58,6 +58,7 @@ class Updater:
         self.skipped = 0
         self.norm = 0.0  # of the newest gradient, where it was measured
         self.rate: Callable[[], float] | None = None  # factor on every learning rate at the next step
+        self.around: Callable[[Callable[[], Any]], Any] | None = None  # takes the optimizer's step in its own way
         self._sum: list[torch.Tensor | None] = [None] * len(weights.masters)
         self.gathered = 0  # gradients in the sum
         params: Any = weights.masters
@@ -94,12 +95,27 @@ class Updater:
         """Enough gradients for an update."""
         return self.gathered >= self.every
 
-    def step(self, *, keep_old: bool, scale: float = 1.0) -> bool:
+    def take(self) -> tuple[list[torch.Tensor | None], int]:
+        """(sum of what was added, how many); nothing is left."""
+        taken = self._sum, self.gathered
+        self._sum, self.gathered = [None] * len(self._sum), 0
+        return taken
+
+    def put(self, grads: Sequence[torch.Tensor | None], gathered: int) -> None:
+        """What `step` is to take the mean of, in place of what was added."""
+        self._sum, self.gathered = list(grads), gathered
+
+    def squared_norm(self, scale: float = 1.0) -> float:
+        """Of the mean of what was added."""
+        return (_norm(self._sum) / (self.gathered * scale)) ** 2 if self.gathered else 0.0
+
+    def step(self, *, keep_old: bool, scale: float = 1.0, norm: float | None = None) -> bool:
         """Update the weights from the mean of what was added; False if it was skipped.
 
         Args:
             keep_old: see `Weights.update`.
             scale: what the loss had been multiplied by (float16).
+            norm: to clip by in place of this stage's own (the whole model's).
         """
         if self.gathered == 0:
             return False
@@ -107,16 +123,16 @@ class Updater:
         self._sum, self.gathered = [None] * len(grads), 0
         if not any(grad is not None for grad in grads):
             return False
-        with torch.no_grad():
+        with torch.inference_mode(mode=False), torch.no_grad():  # a barrier's thread is in inference mode
             if count * scale != 1.0:
                 grads = [None if grad is None else grad / (count * scale) for grad in grads]
-            if not self._finite_and_clipped(grads):
+            if not self._finite_and_clipped(grads, norm):
                 return False
             for master, grad in zip(self.weights.masters, grads, strict=True):
                 master.grad = grad
         factor = self.rate() if self.rate is not None else 1.0
         if factor == 1.0:
-            self.weights.update(self.optimizer.step, keep_old=keep_old)
+            self.weights.update(self._advance, keep_old=keep_old)
         else:
             self.weights.update(lambda: self._step_with(factor), keep_old=keep_old)
         for master in self.weights.masters:
@@ -126,22 +142,29 @@ class Updater:
             self.scheduler.step()
         return True
 
+    def _advance(self) -> None:
+        if self.around is None:
+            self.optimizer.step()
+        else:
+            self.around(self.optimizer.step)
+
     def _step_with(self, factor: float) -> None:
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         for group in groups:
             group["lr"] = group["lr"] * factor
         try:
-            self.optimizer.step()
+            self._advance()
         finally:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
 
-    def _finite_and_clipped(self, grads: list[torch.Tensor | None]) -> bool:
+    def _finite_and_clipped(self, grads: list[torch.Tensor | None], norm: float | None) -> bool:
         if not self.guard and self.clip_norm is None:
             return True
-        present = [grad for grad in grads if grad is not None]
-        self.norm = norm = float(torch.nn.utils.get_total_norm(present))
+        if norm is None:
+            norm = _norm(grads)
+        self.norm = norm
         if not math.isfinite(norm):
             if self.guard:
                 self.skipped += 1
@@ -170,4 +193,13 @@ class Updater:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.updates, self.skipped, self.gathered = state["updates"], state["skipped"], state["gathered"]
-        self._sum = list(state["sum"])
+        self._sum = [
+            None if grad is None else grad.to(master.device)
+            for grad, master in zip(state["sum"], self.weights.masters, strict=True)
+        ]
+
+
+def _norm(grads: Sequence[torch.Tensor | None]) -> float:
+    """Of all of them together, sparse ones included; 0 where there is none."""
+    present = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads if grad is not None]
+    return float(torch.nn.utils.get_total_norm(present)) if present else 0.0

@@ -99,14 +99,29 @@ class Weights:
             self.masters = masters
             self.publish()
 
+    def extend(self, slots: Sequence[Slot]) -> None:
+        """Take on the parameters of ``slots``, behind those it has; graphs made earlier do not know of them."""
+        more = Weights(slots)
+        self._slots += more._slots
+        self._places += more._places
+        self.names += more.names
+        self.masters += more.masters
+        self.working = [*self.working, *more.working]
+
     def publish(self) -> None:
-        """Make the masters' present storage what the next forward reads."""
-        self.install([master.data.requires_grad_() for master in self.masters])
+        """Make the masters' present storage what the next forward reads.
+
+        The working tensors are parameters: a module takes nothing else in their place when a state is loaded.
+        """
+        self.install([nn.Parameter(master.data) for master in self.masters])
 
     def install(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Have the next forward read ``tensors``: leaves that require grad, one per master."""
+        """Have the next forward read ``tensors``: leaves that require grad, one per master.
+
+        Fewer stand for the first masters: those that there were before `extend`.
+        """
         self.working = list(tensors)
-        for tensor, places in zip(self.working, self._places, strict=True):
+        for tensor, places in zip(self.working, self._places, strict=False):
             for slot in places:
                 slot.put(tensor)
         if self._rebind is not None:
@@ -133,10 +148,12 @@ class Weights:
             if keep_old:
                 for master in self.masters:
                     master.data = master.data.clone()
-            step()
-            self.version += 1
-            if keep_old:
-                self.publish()
+            try:
+                step()
+            finally:  # a step that raised half-way has changed what it has changed; nobody may go on with the rest
+                self.version += 1
+                if keep_old:
+                    self.publish()
 
     def snapshot(self) -> list[torch.Tensor]:
         """Copies of the masters, detached."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiotime.errors import ConfigurationError
 from aiotime.observe.bottleneck import Limit, busiest, diagnose, find_limit
+from aiotime.observe.lessons import LESSON_COLUMNS, Lessons
 from aiotime.observe.meter import Recorder, quantile
 from aiotime.observe.tables import count, duration, rich_table, share, size, text_table
 
@@ -46,6 +47,8 @@ class StageStats:
         queue: frames that wait before the stage now.
         queue_mean: how many a frame found waiting there on its arrival, on average.
         queue_max: the most that ever waited there.
+        learning: what it learned; None where it does not. Backwards and updates are part of ``busy``, and those that
+            raised of ``failed``; the quantiles are of forwards.
     """
 
     name: str
@@ -62,6 +65,7 @@ class StageStats:
     queue: int
     queue_mean: float
     queue_max: int
+    learning: Lessons | None = None
 
 
 def stage_stats(
@@ -73,8 +77,14 @@ def stage_stats(
     queue: int,
     queue_mean: float,
     queue_max: int,
+    backward: Sequence[Recorder] = (),
+    learning: Lessons | None = None,
 ) -> StageStats:
-    """Add up the recorders of one stage, one per worker, over ``elapsed`` seconds since the pipeline was opened."""
+    """Add up the recorders of one stage, one per worker, over ``elapsed`` seconds since the pipeline was opened.
+
+    ``backward``: those of its backward and weight jobs, which the same workers do.
+    """
+    everything = [*recorders, *backward]
     spent = elapsed * len(recorders)
     service = sorted(seconds for recorder in recorders for seconds in recorder.service.values())
     return StageStats(
@@ -82,8 +92,8 @@ def stage_stats(
         device=device,
         workers=len(recorders),
         frames=sum(recorder.jobs for recorder in recorders),
-        failed=sum(recorder.failed for recorder in recorders),
-        busy=_share(sum(recorder.busy for recorder in recorders), spent),
+        failed=sum(recorder.failed for recorder in everything),
+        busy=_share(sum(recorder.busy for recorder in everything), spent),
         blocked_input=_share(sum(recorder.idle_input for recorder in recorders), spent),
         blocked_output=_share(sum(recorder.idle_output for recorder in recorders), spent),
         service_p50=quantile(service, 0.5),
@@ -92,6 +102,7 @@ def stage_stats(
         queue=queue,
         queue_mean=queue_mean,
         queue_max=queue_max,
+        learning=learning,
     )
 
 
@@ -116,6 +127,7 @@ class Stats:
         stages: in the order of the stream.
         undelivered_mean: finished frames that waited for their consumer, on average over the elapsed time.
         frames_before: frames that were inside when the counting began: none at the opening, some for `since`.
+        learning_failed: frames that were predicted and could not be learned from.
     """
 
     name: str
@@ -134,6 +146,7 @@ class Stats:
     stages: tuple[StageStats, ...]
     undelivered_mean: float = 0.0
     frames_before: int = 0
+    learning_failed: int = 0
 
     @property
     def frames_per_second(self) -> float:
@@ -202,6 +215,7 @@ class Stats:
                 self.undelivered_mean, earlier.undelivered_mean, self.elapsed, earlier.elapsed
             ),
             frames_before=earlier._inside,
+            learning_failed=self.learning_failed - earlier.learning_failed,
             stages=tuple(
                 _stage_since(stage, before.get(stage.name), self.elapsed, earlier.elapsed) for stage in self.stages
             ),
@@ -219,14 +233,20 @@ class Stats:
         }
 
     def __str__(self) -> str:
-        return "\n".join([*self._heading(), "", text_table(STAGE_COLUMNS, self._rows(), left=2), "", self.diagnosis])
+        tables = [text_table(STAGE_COLUMNS, self._rows(), left=2)]
+        if lessons := self._lessons():
+            tables += ["", text_table(LESSON_COLUMNS, lessons)]
+        return "\n".join([*self._heading(), "", *tables, "", self.diagnosis])
 
     def __rich__(self) -> Group:
         from rich.console import Group
         from rich.text import Text
 
         heading = Text("\n".join(self._heading()) + "\n")
-        return Group(heading, rich_table(STAGE_COLUMNS, self._rows(), left=2), Text("\n" + self.diagnosis, "bold"))
+        tables: list[Table | Text] = [rich_table(STAGE_COLUMNS, self._rows(), left=2)]
+        if lessons := self._lessons():
+            tables += [Text(""), rich_table(LESSON_COLUMNS, lessons)]
+        return Group(heading, *tables, Text("\n" + self.diagnosis, "bold"))
 
     def _heading(self) -> list[str]:
         flight = count(self.in_flight) if self.budget_frames is None else f"{self.in_flight} of {self.budget_frames}"
@@ -240,7 +260,13 @@ class Stats:
             f"in {count(self.frames_in)}, shed {count(self.frames_shed)}, failed {count(self.frames_failed)}; "
             f"in flight {flight}, waiting {count(self.waiting)}"
         )
-        return [first, second, f"latency p50 {duration(self.latency_p50)}, p99 {duration(self.latency_p99)}"]
+        third = f"latency p50 {duration(self.latency_p50)}, p99 {duration(self.latency_p99)}"
+        if self.learning_failed:
+            third += f"; {count(self.learning_failed)} frames could not be learned from"
+        return [first, second, third]
+
+    def _lessons(self) -> list[list[str]]:
+        return [stage.learning.row(stage.name) for stage in self.stages if stage.learning is not None]
 
     def _rows(self) -> list[list[str]]:
         return [
@@ -337,6 +363,9 @@ def _stage_since(now: StageStats, before: StageStats | None, elapsed: float, ear
         busy=between(now.busy, before.busy),
         blocked_input=between(now.blocked_input, before.blocked_input),
         blocked_output=between(now.blocked_output, before.blocked_output),
+        learning=None
+        if now.learning is None or before.learning is None
+        else now.learning.since(before.learning, elapsed, earlier),
     )
 
 

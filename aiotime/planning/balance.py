@@ -12,11 +12,14 @@ from typing import Any
 
 from aiotime.devices import resolve
 from aiotime.devices.base import Device
-from aiotime.errors import PlanError
+from aiotime.errors import ConfigurationError, PlanError
+from aiotime.planning.footprint import Footprint
+from aiotime.planning.pace import Phases, added, one_by_one, period
 from aiotime.planning.partition import Partition, Problem, Transfer, frontier
 from aiotime.planning.profile import Profile, profile
-from aiotime.planning.rehearsal import can_rehearse, rehearse
+from aiotime.planning.rehearsal import PHASES, can_rehearse, rehearse
 from aiotime.planning.traced import Traced
+from aiotime.planning.untouched import unspent, untouched
 
 MARGIN = 0.05  # more stages must be faster by this share, or fewer are taken
 SHORT = 1e-3  # seconds; below this a frame's hops, completions and share of the GIL weigh, and none are rehearsed
@@ -39,6 +42,9 @@ class Division:
     layer_seconds: tuple[float, ...] | None = None
     sequential: float | None = None
     advice: str | None = None
+    phases: tuple[Phases, ...] | None = None  # of each stage, where the model learns
+    layer_phases: tuple[Phases, ...] | None = None
+    period: float | None = None  # seconds between two frames, where the rule's order has a say in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +52,32 @@ class _Candidate:
     partition: Partition
     seconds: tuple[float, ...]  # per stage, without transfers
     transfers: tuple[float, ...]
+    footprint: Footprint | None
 
     @property
     def bottleneck(self) -> float:
-        return max(map(sum, zip(self.seconds, self.transfers, strict=True)))
+        """Seconds between two frames."""
+        loads = [sum(pair) for pair in zip(self.seconds, self.transfers, strict=True)]
+        if self.footprint is None:
+            return max(loads)
+        return period(loads, self.footprint.rule, first=self.predicting)
+
+    @property
+    def predicting(self) -> int:
+        """Stages that do not learn, below those that do."""
+        if self.footprint is None:
+            return self.stages
+        return sum(end <= self.footprint.first for end in itertools.accumulate(self.partition.sizes))
+
+    @property
+    def passes(self) -> int:
+        """How often a frame goes through each layer; what is short or small is meant for one of them."""
+        return 1 if self.footprint is None else PHASES
+
+    @property
+    def serial(self) -> bool:
+        """By the rule's order no two of its stages ever work at the same time."""
+        return self.footprint is not None and self.predicting == 0 and one_by_one(self.footprint.rule, self.stages)
 
     @property
     def stages(self) -> int:
@@ -63,8 +91,9 @@ def divide_by_hand(
     sizes: tuple[int, ...],
     *,
     advice: str | None = None,
+    footprint: Footprint | None = None,
 ) -> Division:
-    """One stage a device, of the sizes given; nothing is measured.
+    """One stage a device, of the sizes given; nothing is timed.
 
     Raises:
         PlanError: the sizes do not fit the layers or the devices, or a stage its device's memory.
@@ -78,25 +107,35 @@ def divide_by_hand(
     if len(sizes) > len(devices):
         raise PlanError(f"balance={list(sizes)} makes {len(sizes)} stages for {len(devices)} devices; name as many")
     ends = list(itertools.accumulate(sizes, initial=0))
-    for (first, stop), device, limit in zip(itertools.pairwise(ends), devices, limits, strict=False):
+    for at, ((first, stop), device, limit) in enumerate(zip(itertools.pairwise(ends), devices, limits, strict=False)):
         held = sum(layer.parameter_bytes for layer in traced.layers[first:stop])
+        kind = "bytes of parameters"
+        if footprint is not None:
+            held, kind = footprint.holding(first, stop, at, len(sizes)), "bytes while they learn"
         if limit is not None and held > limit:
             raise PlanError(
-                f"layers {traced.layers[first].name!r} to {traced.layers[stop - 1].name!r} hold {held:,} bytes of "
-                f"parameters, {device.name} may hold {limit:,}; give it fewer layers"
+                f"layers {traced.layers[first].name!r} to {traced.layers[stop - 1].name!r} hold {held:,} {kind}, "
+                f"{device.name} may hold {limit:,}; give it fewer layers"
             )
     return Division(sizes, tuple(device.name for device in devices[: len(sizes)]), advice=advice)
 
 
 def divide_measured(
-    traced: Traced, example: Any, devices: Sequence[Device], limits: Sequence[int | None], *, seconds: float
+    traced: Traced,
+    example: Any,
+    devices: Sequence[Device],
+    limits: Sequence[int | None],
+    *,
+    seconds: float,
+    footprint: Footprint | None = None,
 ) -> Division:
-    """As many stages as pay.
+    """As many stages as pay; with ``footprint``, for a model that learns by its rule.
 
     Raises:
         PlanError: the model does not fit into the memory of the devices.
     """
-    measured = profile(traced, example, devices, seconds=seconds * 0.6)
+    rule = None if footprint is None else footprint.rule
+    measured = profile(traced, example, devices, seconds=seconds * 0.6, learner=rule)
     problem = Problem(
         seconds=[measured.layers[device.speed_class] for device in devices],
         cut_bytes=traced.cut_bytes,
@@ -104,11 +143,15 @@ def divide_measured(
         memory=limits,
         transfer=_transfer(devices),
         names=[layer.name for layer in traced.layers],
+        back_bytes=() if footprint is None else footprint.back_bytes,
+        joined=() if footprint is None else traced.shared(),
+        holding=None if footprint is None else footprint.holding,
     )
-    candidates = [_predicted(problem, devices, measured, found) for found in frontier(problem)]
+    found = _permitted(frontier(problem), footprint)
+    candidates = [_predicted(problem, devices, measured, partition, footprint) for partition in found]
     chosen, refused = _choose(traced, example, devices, candidates, seconds=seconds * 0.4)
     names = tuple(devices[at].name for at in chosen.partition.devices)
-    advice = _advice(traced, devices, chosen, refused)
+    advice = _advice(traced, devices, chosen, refused, candidates)
     if chosen.stages == 1 and chosen.seconds[0] <= INLINE:
         device = devices[chosen.partition.devices[0]]
         if device.on_host and can_rehearse([device]) and device.name != "inline":
@@ -120,15 +163,12 @@ def divide_measured(
             )
     elif chosen.stages > 1 and max(chosen.seconds) <= INLINE:
         advice = _joined(advice, f"Every stage takes less than {_microseconds(INLINE)}: hops between threads show.")
+    runs = list(itertools.pairwise(itertools.accumulate(chosen.partition.sizes, initial=0)))
     layer_seconds = itertools.chain.from_iterable(
-        problem.seconds[device][first : first + size]
-        for device, first, size in zip(
-            chosen.partition.devices,
-            itertools.accumulate(chosen.partition.sizes, initial=0),
-            chosen.partition.sizes,
-            strict=False,
-        )
+        problem.seconds[device][first:stop]
+        for device, (first, stop) in zip(chosen.partition.devices, runs, strict=True)
     )
+    phases, layer_phases = _phases(chosen, devices, measured, runs) if footprint is not None else (None, None)
     return Division(
         sizes=chosen.partition.sizes,
         devices=names,
@@ -137,7 +177,43 @@ def divide_measured(
         layer_seconds=tuple(layer_seconds),
         sequential=measured.sequential,
         advice=advice,
+        phases=phases,
+        layer_phases=layer_phases,
+        period=None if footprint is None else chosen.bottleneck,
     )
+
+
+def _permitted(found: list[Partition], footprint: Footprint | None) -> list[Partition]:
+    """Those with a number of stages that the rule can work with."""
+    if footprint is None:
+        return found
+    permitted = []
+    refusal: ConfigurationError | None = None
+    for partition in found:
+        try:
+            footprint.rule.check(len(partition.sizes))
+            permitted.append(partition)
+        except ConfigurationError as error:
+            refusal = error
+    if not permitted and refusal is not None:
+        raise refusal
+    return permitted
+
+
+def _phases(
+    chosen: _Candidate, devices: Sequence[Device], measured: Profile, runs: Sequence[tuple[int, int]]
+) -> tuple[tuple[Phases, ...], tuple[Phases, ...]]:
+    """What the seconds of each stage, and of each layer, are made of."""
+    stages: list[Phases] = []
+    layers: list[Phases] = []
+    for device, (first, stop), seconds in zip(chosen.partition.devices, runs, chosen.seconds, strict=True):
+        kind = devices[device].speed_class
+        inside = measured.layer_phases[kind][first:stop]
+        whole = measured.whole_phases[kind] if len(runs) == 1 else added(inside)
+        factor = seconds / whole.total if whole.total else 0.0
+        stages.append(whole.scaled(factor, factor, factor))
+        layers.extend(inside)
+    return tuple(stages), tuple(layers)
 
 
 def _transfer(devices: Sequence[Device]) -> Transfer:
@@ -151,18 +227,20 @@ def _transfer(devices: Sequence[Device]) -> Transfer:
     return seconds
 
 
-def _predicted(problem: Problem, devices: Sequence[Device], measured: Profile, found: Partition) -> _Candidate:
+def _predicted(
+    problem: Problem, devices: Sequence[Device], measured: Profile, found: Partition, footprint: Footprint | None
+) -> _Candidate:
     """``found`` with its transfers apart; a single stage takes what the whole took, not the sum of its layers."""
     firsts = list(itertools.accumulate(found.sizes, initial=0))
     sources = [None, *found.devices]
     transfers = tuple(
-        problem.transfer(problem.cut_bytes[first], source, device)
+        problem.moving(first, source, device)
         for first, source, device in zip(firsts, sources, found.devices, strict=False)
     )
     if len(found.sizes) == 1:
-        return _Candidate(found, (measured.whole[devices[found.devices[0]].speed_class],), transfers)
+        return _Candidate(found, (measured.whole[devices[found.devices[0]].speed_class],), transfers, footprint)
     computed = tuple(total - moved for total, moved in zip(found.seconds, transfers, strict=True))
-    return _Candidate(found, computed, transfers)
+    return _Candidate(found, computed, transfers, footprint)
 
 
 def _choose(
@@ -172,7 +250,9 @@ def _choose(
     tried = [candidate for candidate in candidates if candidate.stages == 1]
     others = sorted((candidate for candidate in candidates if candidate.stages > 1), key=lambda one: one.bottleneck)
     real = can_rehearse(devices)
-    if real and tried and tried[0].bottleneck <= TINY * len(traced.layers):
+    if tried:
+        others = [candidate for candidate in others if not candidate.serial]
+    if real and tried and tried[0].bottleneck <= TINY * tried[0].passes * len(traced.layers):
         others = []  # two threads of such layers were slower than one wherever it was measured
     for rehearsal, candidate in enumerate(others):
         best = min((one.bottleneck for one in tried), default=float("inf"))
@@ -181,7 +261,7 @@ def _choose(
         tried.append(_rehearsed(traced, example, devices, candidate, seconds / _REHEARSALS) if real else candidate)
     best = min(one.bottleneck for one in tried)
     tried.sort(key=lambda one: one.stages)
-    margin = SHORT_MARGIN if real and tried[0].bottleneck <= SHORT else MARGIN
+    margin = SHORT_MARGIN if real and tried[0].bottleneck <= SHORT * tried[0].passes else MARGIN
     chosen = next(one for one in tried if one.bottleneck * (1 - margin) <= best)
     return chosen, [one for one in tried if one is not chosen]
 
@@ -192,17 +272,33 @@ def _rehearsed(
     ends = itertools.accumulate(candidate.partition.sizes, initial=0)
     pieces = [traced.piece(first, stop, apart=True) for first, stop in itertools.pairwise(ends)]
     cast = [devices[at] for at in candidate.partition.devices]
-    return replace(candidate, seconds=rehearse(pieces, cast, example, seconds=seconds))
+    learner = None if candidate.footprint is None else candidate.footprint.rule
+    with untouched(traced.model), unspent(traced.model, [device.name for device in cast]):
+        rehearsed = rehearse(pieces, cast, example, seconds=seconds, learner=learner)
+    return replace(candidate, seconds=rehearsed)
 
 
-def _advice(traced: Traced, devices: Sequence[Device], chosen: _Candidate, refused: Sequence[_Candidate]) -> str | None:
+def _advice(
+    traced: Traced,
+    devices: Sequence[Device],
+    chosen: _Candidate,
+    refused: Sequence[_Candidate],
+    candidates: Sequence[_Candidate],
+) -> str | None:
     if chosen.stages == len(devices):
         return None
     taken = f"{chosen.stages} of {len(devices)} devices {'is' if chosen.stages == 1 else 'are'} used"
     if len(traced.layers) <= chosen.stages:
         return f"The model has {len(traced.layers)} layers, so {taken}."
+    cuts = sorted(traced.shared()) if chosen.footprint is not None else []
+    if cuts and chosen.stages == candidates[-1].stages:
+        first, last = traced.layers[cuts[0] - 1].name, traced.layers[cuts[-1]].name
+        return (
+            f"{taken}: layers from {first!r} to {last!r} share parameters, which two stages cannot both update; untie "
+            "or freeze them for more places to cut."
+        )
     each = chosen.bottleneck / len(traced.layers)
-    if chosen.stages == 1 and each <= TINY and not refused:
+    if chosen.stages == 1 and each <= TINY * chosen.passes and not refused:
         return (
             f"{taken}: the layers take {_microseconds(each)} each, mostly Python; on several threads they would wait "
             "for each other (the GIL) longer than they would gain."
@@ -217,9 +313,14 @@ def _advice(traced: Traced, devices: Sequence[Device], chosen: _Candidate, refus
             f"{verdict} {chosen.stages} ({_microseconds(chosen.bottleneck)}): "
             + (
                 "the layers are too small, their threads wait for each other."
-                if chosen.bottleneck <= SMALL * len(traced.layers)
+                if chosen.bottleneck <= SMALL * chosen.passes * len(traced.layers)
                 else "the stages share what they need (cores, caches, memory), with each other or with other programs."
             )
+        )
+    if chosen.footprint is not None and candidates[-1].serial:
+        return (
+            f"{taken}: {type(chosen.footprint.rule).__name__} learns from each frame before it takes the next, so "
+            "stages would never work at the same time."
         )
     return f"{taken}: more stages would not be faster, as the slowest stage could not become shorter."
 

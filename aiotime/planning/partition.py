@@ -3,8 +3,9 @@
     layers   0 1 2 │ 3 4 │ 5 6 7 8          a stage is a run of layers, stages are in order,
     devices  d0    │ d2  │ d3               devices are taken in order and may be left out
 
-A stage costs its layers' seconds on its device plus the transfer into it (counted on the receiving stage), and
-where a gradient goes back through that cut, its transfer as well. The slowest stage is the pipeline's period; it is minimised, then the number of stages, then their sum.
+A stage costs its layers' seconds on its device plus the transfer into it (counted on the receiving stage) and, where
+a gradient goes back through that cut, its transfer. The slowest stage is the pipeline's period; it is minimised, then
+the number of stages, then their sum.
 """
 
 from __future__ import annotations

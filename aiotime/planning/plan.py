@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from aiotime.devices import default_devices, resolve, resolve_all
 from aiotime.devices.base import Device
 from aiotime.errors import PlanError
+from aiotime.learning.enrolment import check_rule
+from aiotime.learning.learner import nothing_to_learn
+from aiotime.learning.rule import Rule
 from aiotime.planning.balance import Division, divide_by_hand, divide_measured
+from aiotime.planning.footprint import Footprint, StageLearning
 from aiotime.planning.partition import even
 from aiotime.planning.trace import trace
 from aiotime.planning.traced import Traced
@@ -27,12 +31,30 @@ VERSION = 1  # of the JSON form
 
 @dataclass(frozen=True, slots=True)
 class LayerCost:
-    """One layer: its name, seconds on the device it was given to (None: not measured), the bytes that leave it."""
+    """One layer.
+
+    Attributes:
+        name: the model's own name for it.
+        seconds: one frame on the device it was given to; None where nothing was measured.
+        output_bytes: that leave it with each frame.
+        parameter_bytes: it holds.
+        backward_seconds: of ``seconds``, where the plan is for learning.
+        update_seconds: of ``seconds``, where the plan is for learning.
+    """
 
     name: str
     seconds: float | None
     output_bytes: int
     parameter_bytes: int
+    backward_seconds: float | None = None
+    update_seconds: float | None = None
+
+    @property
+    def forward_seconds(self) -> float | None:
+        """Of ``seconds``, the forward's; None where nothing was measured."""
+        if self.seconds is None:
+            return None
+        return self.seconds - (self.backward_seconds or 0.0) - (self.update_seconds or 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +65,13 @@ class StagePlan:
         name: of the stage, from its first and last layer.
         layers: names of its layers.
         device: where it runs.
-        seconds: one frame, measured while the other stages ran; None where nothing was measured.
-        transfer_seconds: to bring a frame to this device from the one before; None where nothing was measured.
+        seconds: one frame, measured while the other stages ran, with backward and update where it learns; None
+            where nothing was measured.
+        transfer_seconds: to bring a frame to this device from the one before, and its gradient back; None where
+            nothing was measured.
         output_bytes: that leave it with each frame.
         parameter_bytes: it holds.
+        learning: what learning adds; None where the plan is not for learning.
     """
 
     name: str
@@ -56,6 +81,29 @@ class StagePlan:
     transfer_seconds: float | None
     output_bytes: int
     parameter_bytes: int
+    learning: StageLearning | None = None
+
+    @property
+    def forward_seconds(self) -> float | None:
+        """Of ``seconds``, the forward's; None where nothing was measured."""
+        if self.seconds is None:
+            return None
+        return self.seconds - (self.backward_seconds or 0.0) - (self.update_seconds or 0.0)
+
+    @property
+    def backward_seconds(self) -> float | None:
+        """Of ``seconds``, the backward's; None where nothing was measured, or nothing learns."""
+        return None if self.learning is None else self.learning.backward_seconds
+
+    @property
+    def update_seconds(self) -> float | None:
+        """Of ``seconds``, the update's; None where nothing was measured, or nothing learns."""
+        return None if self.learning is None else self.learning.update_seconds
+
+    @property
+    def memory_bytes(self) -> int:
+        """It holds at most: parameters, and what learning adds."""
+        return self.parameter_bytes + (0 if self.learning is None else self.learning.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +113,19 @@ class Plan:
     Attributes:
         stages: in order.
         layers: every layer with what it costs.
-        sequential_seconds: the model itself, one frame at a time on one device; None where nothing was measured.
+        sequential_seconds: the model itself, one frame at a time on one device (where the plan is for learning:
+            trained there); None where nothing was measured.
         advice: a sentence for people, None where there is nothing to say.
+        rule: the learning rule that it is for, by name; None where nothing is learned.
+        paced_seconds: between two frames, where that is for the rule's order to say; None: for the slowest stage.
     """
 
     stages: tuple[StagePlan, ...]
     layers: tuple[LayerCost, ...]
     sequential_seconds: float | None = None
     advice: str | None = None
+    rule: str | None = None
+    paced_seconds: float | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -81,7 +134,11 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Between two frames: the slowest stage with the transfer into it. None where nothing was measured."""
+        """Between two frames: the slowest stage with the transfer into it, or what the learning rule's order makes of
+        the stages. None where nothing was measured.
+        """
+        if self.paced_seconds is not None:
+            return self.paced_seconds
         slowest = 0.0
         for stage in self.stages:
             if stage.seconds is None:
@@ -96,7 +153,7 @@ class Plan:
 
     @property
     def speed_up(self) -> float | None:
-        """Predicted, over the model called frame by frame on one device; None where nothing was measured."""
+        """Predicted, over the model called (trained) frame by frame on one device; None where nothing was measured."""
         if self.sequential_seconds is None or not self.seconds:
             return None
         return self.sequential_seconds / self.seconds
@@ -137,6 +194,8 @@ class Plan:
         Raises:
             PlanError: it is not a plan, or one of another version.
         """
+        from aiotime.planning.saved import read_plan
+
         try:
             data = json.loads(text)
         except ValueError as error:
@@ -147,7 +206,7 @@ class Plan:
         if type(version) is not int or version != VERSION:
             raise PlanError(f"this plan has version {version!r}, this aiotime reads {VERSION}; make a new one")
         try:
-            return _read_plan(data)
+            return read_plan(data)
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"this plan is damaged: {type(error).__name__}: {error}") from error
 
@@ -175,6 +234,7 @@ def plan(
     dynamic: Sequence[int] | None = None,
     memory: int | Mapping[str, int] | None = None,
     seconds: float = 2.0,
+    learner: Rule | None = None,
 ) -> Plan:
     """Divide ``model`` into stages on ``devices``.
 
@@ -189,12 +249,17 @@ def plan(
         balance: "measured" takes as many of the devices as pay; "even" gives each as many layers; or the number
             of layers of each stage.
         dynamic: dimensions whose size varies from frame to frame, None for the example's shapes.
-        memory: bytes of parameters a device may hold, for all or by device name.
+        memory: bytes of parameters a device may hold, for all or by device name; with a learner, of parameters and
+            all that learning adds (`StagePlan.memory_bytes`).
         seconds: to spend on measuring.
+        learner: a rule of `aiotime.learning`: layers are timed forward, backward and in their update, on copies
+            of the parameters, and the plan says what the rule needs of memory. The loss, and the heads of rules that
+            have losses of their own, are not in the figures.
 
     Raises:
         TraceError: the model cannot be divided.
         PlanError: ``balance`` does not fit the model, or the model the memory.
+        ConfigurationError: the learner has nothing to learn, or cannot work with these stages.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
@@ -204,7 +269,7 @@ def plan(
     """
     resolved = default_devices() if devices is None else resolve_all(devices)
     traced = trace(model, example, dynamic=dynamic)
-    return make_plan(traced, example, resolved, balance=balance, memory=memory, seconds=seconds)
+    return make_plan(traced, example, resolved, balance=balance, memory=memory, seconds=seconds, learner=learner)
 
 
 def make_plan(
@@ -215,28 +280,39 @@ def make_plan(
     balance: str | Sequence[int] = "measured",
     memory: int | Mapping[str, int] | None = None,
     seconds: float = 2.0,
+    learner: Rule | None = None,
 ) -> Plan:
     """`plan` for a model already traced and devices already resolved.
 
     Raises:
         PlanError: ``balance`` does not fit the model, or the model the memory.
+        ConfigurationError: the learner has nothing to learn, or cannot work with these stages.
     """
     if not devices:
         raise PlanError("a plan needs at least one device")
     limits = _limits(devices, memory)
     count = len(traced.layers)
+    footprint = None if learner is None else _footprint(traced, example, learner)
     if balance == "measured":
-        division = divide_measured(traced, example, devices, limits, seconds=seconds)
+        division = divide_measured(traced, example, devices, limits, seconds=seconds, footprint=footprint)
     elif balance == "even":
         stages = min(len(devices), count)
         fewer = f"The model has {count} layers, so {count} of {len(devices)} devices are used."
         advice = fewer if stages < len(devices) else None
-        division = divide_by_hand(traced, devices, limits, even(count, stages), advice=advice)
+        division = divide_by_hand(traced, devices, limits, even(count, stages), advice=advice, footprint=footprint)
     elif isinstance(balance, str | int | float | None):
         raise PlanError(f'balance is "measured", "even" or a list of layers per stage, not {balance!r}')
     else:
-        division = divide_by_hand(traced, devices, limits, tuple(balance))
-    return _assembled(traced, division)
+        division = divide_by_hand(traced, devices, limits, tuple(balance), footprint=footprint)
+    return _assembled(traced, division, footprint)
+
+
+def _footprint(traced: Traced, example: Any, learner: Rule) -> Footprint:
+    check_rule(learner)
+    footprint = Footprint(traced, example, learner)
+    if footprint.first == len(traced.layers):
+        raise nothing_to_learn([layer.name for layer in traced.layers])
+    return footprint
 
 
 def _limits(devices: Sequence[Device], memory: int | Mapping[str, int] | None) -> list[int | None]:
@@ -248,7 +324,7 @@ def _limits(devices: Sequence[Device], memory: int | Mapping[str, int] | None) -
     return [memory.get(device.name) for device in devices]
 
 
-def _assembled(traced: Traced, division: Division) -> Plan:
+def _assembled(traced: Traced, division: Division, footprint: Footprint | None) -> Plan:
     leaving = [*traced.cut_bytes[1:], traced.output_bytes]
     costs: list[LayerCost] = []
     stages: list[StagePlan] = []
@@ -257,8 +333,23 @@ def _assembled(traced: Traced, division: Division) -> Plan:
         inside = traced.layers[first:stop]
         for at in range(first, stop):
             seconds = None if division.layer_seconds is None else division.layer_seconds[at]
-            costs.append(LayerCost(traced.layers[at].name, seconds, leaving[at], traced.layers[at].parameter_bytes))
+            phases = None if division.layer_phases is None else division.layer_phases[at]
+            costs.append(
+                LayerCost(
+                    traced.layers[at].name,
+                    seconds,
+                    leaving[at],
+                    traced.layers[at].parameter_bytes,
+                    None if phases is None else phases.backward,
+                    None if phases is None else phases.update,
+                )
+            )
         names = tuple(layer.name for layer in inside)
+        learning = None
+        if footprint is not None:
+            whole = None if division.phases is None else division.phases[stage]
+            spent = None if whole is None else (whole.backward, whole.update)
+            learning = footprint.stage(first, stop, stage, len(division.sizes), seconds=spent)
         stages.append(
             StagePlan(
                 name=names[0] if len(names) == 1 else f"{names[0]}…{names[-1]}",
@@ -268,51 +359,8 @@ def _assembled(traced: Traced, division: Division) -> Plan:
                 transfer_seconds=None if division.transfers is None else division.transfers[stage],
                 output_bytes=leaving[stop - 1],
                 parameter_bytes=sum(layer.parameter_bytes for layer in inside),
+                learning=learning,
             )
         )
-    return Plan(tuple(stages), tuple(costs), division.sequential, division.advice)
-
-
-def _read_plan(data: dict[str, Any]) -> Plan:
-    def number(value: Any) -> float | None:
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf")
-        ):
-            raise ValueError(f"expected seconds or null, got {value!r}")
-        return cast("float | None", value)
-
-    def count(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"expected a number of bytes, got {value!r}")
-        return value
-
-    def word(value: Any) -> str:
-        if not isinstance(value, str):
-            raise TypeError(f"expected a name, got {value!r}")
-        return value
-
-    layers = tuple(
-        LayerCost(
-            word(layer["name"]),
-            number(layer["seconds"]),
-            count(layer["output_bytes"]),
-            count(layer["parameter_bytes"]),
-        )
-        for layer in data["layers"]
-    )
-    stages = tuple(
-        StagePlan(
-            name=word(stage["name"]),
-            layers=tuple(word(name) for name in stage["layers"]),
-            device=word(stage["device"]),
-            seconds=number(stage["seconds"]),
-            transfer_seconds=number(stage["transfer_seconds"]),
-            output_bytes=count(stage["output_bytes"]),
-            parameter_bytes=count(stage["parameter_bytes"]),
-        )
-        for stage in data["stages"]
-    )
-    if [name for stage in stages for name in stage.layers] != [layer.name for layer in layers] or not stages:
-        raise ValueError("its stages do not hold its layers, each once and in order")
-    advice = data["advice"]
-    return Plan(stages, layers, number(data["sequential_seconds"]), None if advice is None else word(advice))
+    rule = None if footprint is None else type(footprint.rule).__name__
+    return Plan(tuple(stages), tuple(costs), division.sequential, division.advice, rule, division.period)

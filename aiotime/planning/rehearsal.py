@@ -14,13 +14,16 @@ from typing import Any
 import torch
 
 from aiotime.devices.base import Device, RealClock
+from aiotime.learning.rule import Rule
 from aiotime.planning.payload import cloned
 from aiotime.planning.piece import Piece
+from aiotime.planning.practice import Practice
 from aiotime.planning.stopwatch import Stopwatch, cores
 
 # seconds per operation from which Python's lock is no matter. Below it, time spent waiting for a core is not taken off:
 # threads that did not get to run at once did not wait for each other either, and would look better than they are
 LONG_STEP = 50e-6
+PHASES = 3  # what a step does when it learns: forward, backward, update
 
 
 def can_rehearse(devices: Sequence[Device]) -> bool:
@@ -34,22 +37,36 @@ def has_real_calls(device: Device) -> bool:
 
 
 def rehearse(
-    pieces: Sequence[Piece], devices: Sequence[Device], example: Any, *, seconds: float = 0.3
+    pieces: Sequence[Piece],
+    devices: Sequence[Device],
+    example: Any,
+    *,
+    seconds: float = 0.3,
+    learner: Rule | None = None,
 ) -> tuple[float, ...]:
     """Mean seconds per frame of each stage while all run at once, each on its own recorded input.
 
-    Places the pieces on the devices. Takes about ``seconds``, longer where a few calls of a stage take longer.
+    With ``learner`` each does forward, backward and update, on copies of its parameters. Places the pieces on the
+    devices. Takes about ``seconds``, longer where a few calls of a stage take longer.
     Blocks: not for use on a running loop.
     """
     # with fewer cores than threads, waiting for one is what is to be seen
     enough = sum(getattr(device, "threads", 1) for device in devices) <= cores()
     actors = []
     value = cloned(example)
-    for piece, device in zip(pieces, devices, strict=True):
+    below = False  # something there learns
+    for at, (piece, device) in enumerate(zip(pieces, devices, strict=True)):
         device.place(piece.module)
+        act: Callable[[Any], Any] = piece
+        steps = piece.steps
+        if learner is not None:
+            keep_old = learner.versions(at, len(pieces)) > 1
+            act = practice = Practice.of(piece, learner, differentiable=below, keep_old=keep_old)
+            below = practice.active
+            steps *= PHASES if below else 1
         with torch.inference_mode():
-            alone, following = device.measure(on_a_copy(piece), value, seconds=0.0)
-        actors.append(_Actor(piece, device, value, seconds, waits=enough and alone >= LONG_STEP * piece.steps))
+            alone, following = device.measure(on_a_copy(act), value, seconds=0.0)
+        actors.append(_Actor(act, device, value, seconds, waits=enough and alone >= LONG_STEP * steps))
         value = following
     curtain = threading.Barrier(len(actors))
     threads = [
@@ -70,16 +87,16 @@ def rehearse(
     )
 
 
-def on_a_copy(piece: Piece) -> Callable[[Any], Any]:
-    """``piece``, leaving its input as it was whatever it does in place."""
-    return lambda value: piece(cloned(value))
+def on_a_copy(act: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``act``, leaving its input as it was whatever it does in place."""
+    return lambda value: act(cloned(value))
 
 
 class _Actor:
     """One stage in its thread; it plays on until every other has been measured."""
 
-    def __init__(self, piece: Piece, device: Device, value: Any, seconds: float, *, waits: bool) -> None:
-        self.watch = Stopwatch(piece, waits=waits)
+    def __init__(self, act: Callable[[Any], Any], device: Device, value: Any, seconds: float, *, waits: bool) -> None:
+        self.watch = Stopwatch(act, waits=waits)
         self.device = device
         self.value = cloned(value)
         self.seconds = seconds

@@ -9,13 +9,29 @@ from aiotime.observe.tables import size
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from aiotime.planning.plan import Plan, StagePlan
+    from aiotime.planning.plan import LayerCost, Plan, StagePlan
 
 STAGE_COLUMNS = ("stage", "device", "layers", "ms", "transfer ms", "bytes across the cut", "parameters")
 LAYER_COLUMNS = ("layer", "ms", "bytes across the cut", "parameters", "stage", "device")
+_PHASES = ("forward ms", "backward ms", "update ms")
+LEARNING_COLUMNS = ("stage", "device", "layers", *_PHASES, "transfer ms", "bytes across the cut", "memory")
+LEARNING_LAYER_COLUMNS = ("layer", *_PHASES, "bytes across the cut", "parameters", "stage", "device")
 _LEFT = {"stage", "device", "layers", "layer"}
-_TWO_LINES = {"transfer ms": "transfer\nms", "bytes across the cut": "bytes across\nthe cut"}
+_TWO_LINES = {
+    "transfer ms": "transfer\nms",
+    "bytes across the cut": "bytes across\nthe cut",
+    "forward ms": "forward\nms",
+    "backward ms": "backward\nms",
+    "update ms": "update\nms",
+}
 NOT_MEASURED = "–"
+
+
+def columns(plan: Plan, *, layers: bool) -> tuple[str, ...]:
+    """The heads; a plan for learning has more."""
+    if layers:
+        return LAYER_COLUMNS if plan.rule is None else LEARNING_LAYER_COLUMNS
+    return STAGE_COLUMNS if plan.rule is None else LEARNING_COLUMNS
 
 
 def rows(plan: Plan, *, layers: bool) -> list[tuple[str, ...]]:
@@ -30,7 +46,7 @@ def rows(plan: Plan, *, layers: bool) -> list[tuple[str, ...]]:
             found.append(
                 (
                     cost.name,
-                    milliseconds(cost.seconds),
+                    *_spent(cost, learning=plan.rule is not None),
                     size(cost.output_bytes),
                     size(cost.parameter_bytes),
                     str(at),
@@ -46,11 +62,17 @@ def _stage_row(at: int, stage: StagePlan) -> tuple[str, ...]:
         str(at),
         stage.device,
         f"{inside} ({len(stage.layers)})",
-        milliseconds(stage.seconds),
+        *_spent(stage, learning=stage.learning is not None),
         milliseconds(stage.transfer_seconds),
         size(stage.output_bytes),
-        size(stage.parameter_bytes),
+        size(stage.memory_bytes),
     )
+
+
+def _spent(cost: StagePlan | LayerCost, *, learning: bool) -> tuple[str, ...]:
+    if not learning:
+        return (milliseconds(cost.seconds),)
+    return milliseconds(cost.forward_seconds), milliseconds(cost.backward_seconds), milliseconds(cost.update_seconds)
 
 
 def summary(plan: Plan) -> list[str]:
@@ -60,23 +82,49 @@ def summary(plan: Plan) -> list[str]:
         lines.append('Nothing was measured; balance="measured" predicts frames/s.')
     else:
         line = f"Predicted: {rate(plan.frames_per_second)} frames/s"
+        if plan.rule is not None:
+            line += f", learned from with {plan.rule}"
         if plan.speed_up is not None and plan.sequential_seconds:
-            line += f", {plan.speed_up:.2f} × the model by itself ({rate(1 / plan.sequential_seconds)} frames/s)"
+            alone = "by itself" if plan.rule is None else "trained by itself"
+            line += f", {plan.speed_up:.2f} × the model {alone} ({rate(1 / plan.sequential_seconds)} frames/s)"
         lines.append(line)
+    lines.extend(_memory(at, stage) for at, stage in enumerate(plan.stages) if stage.learning is not None)
     if plan.advice:
         lines.append(plan.advice)
     return lines
 
 
+def _memory(at: int, stage: StagePlan) -> str:
+    """Of what a stage's memory consists."""
+    learning = stage.learning
+    assert learning is not None
+    parts = [f"parameters {size(stage.parameter_bytes)}"]
+    if learning.graphs:
+        many = "" if learning.graphs == 1 else "s"
+        if learning.recompute:
+            parts.append(f"{learning.graphs} input{many} × {size(learning.input_bytes)}")
+            parts.append(f"1 graph × {size(learning.activation_bytes)}")
+        else:
+            parts.append(f"{learning.graphs} graph{many} × {size(learning.activation_bytes)}")
+    if learning.weight_bytes:
+        if learning.versions > 1:
+            older = "1 older version" if learning.versions == 2 else f"{learning.versions - 1} older versions"
+            parts.append(f"{older} × {size(learning.weight_bytes)}")
+        parts.append(f"gradient {size(learning.weight_bytes)}")
+    if learning.optimizer_bytes:
+        parts.append(f"optimizer {size(learning.optimizer_bytes)}")
+    return f"Memory of stage {at}: {' + '.join(parts)}"
+
+
 def text(plan: Plan, *, layers: bool = False) -> str:
     """Plain aligned text."""
-    columns = LAYER_COLUMNS if layers else STAGE_COLUMNS
-    cells = [columns, *rows(plan, layers=layers)]
-    widths = [max(len(row[at]) for row in cells) for at in range(len(columns))]
+    heads = columns(plan, layers=layers)
+    cells = [heads, *rows(plan, layers=layers)]
+    widths = [max(len(row[at]) for row in cells) for at in range(len(heads))]
     lines = [
         "  ".join(
             cell.ljust(width) if column in _LEFT else cell.rjust(width)
-            for cell, width, column in zip(row, widths, columns, strict=True)
+            for cell, width, column in zip(row, widths, heads, strict=True)
         ).rstrip()
         for row in cells
     ]
@@ -91,7 +139,7 @@ def rich_table(plan: Plan) -> Group:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold underline")
-    for column in STAGE_COLUMNS:
+    for column in columns(plan, layers=False):
         header = _TWO_LINES.get(column, column)
         table.add_column(header, justify="left" if column in _LEFT else "right", no_wrap=column != "layers")
     for row in rows(plan, layers=False):

@@ -77,6 +77,20 @@ class Traced:
         first, stop = self._edges[layer], self._edges[layer + 1]
         return any(origin < first for step, origin in self._recording.writes.items() if first <= step < stop)
 
+    def trainable(self, layer: int) -> dict[int, nn.Parameter]:
+        """The parameters of ``layer`` that require grad, by identity."""
+        found = itertools.chain(self._used[layer].values(), self._adopted_tensors(layer).values())
+        return {id(tensor): tensor for tensor in found if isinstance(tensor, nn.Parameter) and tensor.requires_grad}
+
+    def shared(self) -> frozenset[int]:
+        """Cuts between two layers that use one trainable parameter: in two stages, both would update it."""
+        first: dict[int, int] = {}
+        cuts: set[int] = set()
+        for layer in range(len(self.layers)):
+            for parameter in self.trainable(layer):
+                cuts.update(range(first.setdefault(parameter, layer) + 1, layer + 1))
+        return frozenset(cuts)
+
     def cut(self, sizes: Sequence[int]) -> list[Piece]:
         """Pieces of ``sizes[0]``, ``sizes[1]``, … layers.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,6 +58,16 @@ def untouched(model: nn.Module) -> Iterator[Snapshot]:
         yield snapshot
     finally:
         snapshot.restore()
+
+
+@contextmanager
+def unspent(model: nn.Module, devices: Sequence[str] = ()) -> Iterator[None]:
+    """Leave the caller's random numbers as they are: on the host, on the model's GPUs and on those named."""
+    used = {tensor.device for tensor in model.parameters()} | {
+        torch.device(name) for name in devices if name.startswith("cuda:")
+    }
+    with torch.random.fork_rng(devices=sorted(device.index for device in used if device.type == "cuda")):
+        yield
 
 
 @contextmanager

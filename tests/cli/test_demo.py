@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
+import itertools
 import json
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 
 import aiotime
 from aiotime.cli import digits as digits_module
+from aiotime.cli import learning as learning_demo
 from aiotime.cli.commands import commands
 from aiotime.cli.versus import THREADS, Versus, compare
 
@@ -127,3 +129,39 @@ def test_the_training_reaches_its_accuracy() -> None:
         right = (model(digits.test_images).argmax(1) == digits.test_labels).float().mean()
     assert float(right) >= 0.97
     assert steps == list(range(1, steps[-1] + 1))
+
+
+def test_the_learning_demo_runs_through(tmp_path: Path) -> None:
+    """Every rule learns on both streams, each frame is scored once, and curves, timeline and trace are written."""
+    pytest.importorskip("matplotlib")
+    options = ["--frames", "24", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(commands, ["demo", *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    for name in ("Exact", "Sideways", "Delayed (the default)", "Delayed, local heads"):
+        assert result.output.count(name) == 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"curves.png", "timeline.png", "trace.json"}
+    trace = json.loads((tmp_path / "out" / "trace.json").read_text())
+    assert any("backward" in str(event.get("name")) for event in trace["traceEvents"])
+
+
+def test_the_streams_are_what_they_say() -> None:
+    """Unrelated digits come once each; the smooth stream changes by a fifteenth of the way and names the nearer digit."""
+    samples = learning_demo.unrelated(0, None)
+    assert len(samples) == 1797
+    blended = learning_demo.smooth(0, 32)
+    first, last = samples[0], samples[1]
+    assert torch.equal(blended[0].input, first.input)
+    assert torch.allclose(blended[15].input, last.input)
+    assert [int(sample.target) for sample in blended[:16]] == [int(first.target)] * 8 + [int(last.target)] * 8
+    steps = [float((a.input - b.input).abs().max()) for a, b in itertools.pairwise(blended[:16])]
+    assert max(steps) <= 1 / 15 + 1e-6
+    assert torch.equal(blended[16].input, samples[2].input)  # a cut
+
+
+def test_a_curve_counts_what_it_is_given() -> None:
+    """The accuracies of a curve are shares of its frames."""
+    curve = learning_demo.Curve("rule", "stream", 8)
+    for right in (False, False, False, True, True, True, True, False):
+        curve.add(right)
+    assert (curve.recent, curve.second_half) == (0.5, 0.75)
+    assert len(curve.bars(4)) == 4

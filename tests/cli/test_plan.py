@@ -18,6 +18,10 @@ from torch import nn
 def tiny():
     return nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
 
+def rule():
+    import aiotime
+    return aiotime.learning.Exact(loss=nn.functional.mse_loss, optimizer=torch.optim.SGD)
+
 def piped():
     import aiotime
     return aiotime.Pipeline.from_stages([lambda x: x])
@@ -66,6 +70,22 @@ def test_a_model_too_small_to_cut_is_told(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("learn", "rule", "versions"),
+    [("adam", "Delayed", [2, 1]), ("SGD", "Delayed", [2, 1]), ("net:rule", "Exact", [1, 1])],
+)
+def test_learning_is_planned(here: Path, learn: str, rule: str, versions: list[int]) -> None:
+    """With --learn, by an optimizer's name or a rule of one's own: memory on the screen, figures in the file."""
+    code, output = plan(
+        "net:tiny", "-e", "1,4", "-d", "cpu:0,cpu:1", "--balance", "even", "--learn", learn, "--json", "plan.json"
+    )
+    assert code == 0, output
+    assert "Memory of stage 1: parameters 160 B" in output
+    made = Plan.from_json((here / "plan.json").read_text())
+    assert made.rule == rule
+    assert [stage.learning.versions for stage in made.stages if stage.learning is not None] == versions
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["net:tiny"], "--example"),
@@ -73,6 +93,8 @@ def test_a_model_too_small_to_cut_is_told(here: Path) -> None:
         (["net:tiny", "-e", "1,4", "-d", "cpu:x"], "cpu:x"),
         (["net:tiny", "-e", "1,4", "-d", "cpu:0", "--balance", "9"], "layers"),
         (["net:tiny", "-e", "1,4", "--json", "absent/plan.json"], "there is no folder 'absent'"),
+        (["net:tiny", "-e", "1,4", "--learn", "magic"], "torch.optim has adadelta"),
+        (["net:tiny", "-e", "1,4", "--learn", "net:tiny"], "expected a rule of aiotime.learning, got a Sequential"),
     ],
 )
 def test_wrong_calls_say_what_would_be_right(arguments: list[str], message: str) -> None:

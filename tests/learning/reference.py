@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 Tensors = list[torch.Tensor]
 Forward = Callable[[int, Tensors, torch.optim.Optimizer], Sequence[torch.Tensor]]
+Backward = Callable[[int, Tensors, int], Sequence[torch.Tensor]]
 Step = Callable[[int, Tensors, torch.optim.Optimizer], None]
 
 
@@ -26,12 +28,12 @@ def ribbon(stages: int, *, width: int = 8, inputs: int = 6, classes: int = 4, se
         torch.manual_seed(seed)
         sizes = [inputs, *[width] * (stages - 1), classes]
         layers: list[nn.Module] = []
-        for before, after in zip(sizes, sizes[1:], strict=False):
+        for before, after in pairwise(sizes):
             layers += [nn.Linear(before, after), nn.Tanh()]
         return nn.Sequential(*layers)
 
 
-def pieces(model: nn.Sequential, balance: Sequence[int]) -> list[nn.Sequential]:
+def pieces(model: nn.Sequential, balance: Sequence[int]) -> list[nn.Module]:
     """Slices of ``model`` with so many layers each; they share its parameters and keep its keys."""
     found, at = [], 0
     for size in balance:
@@ -54,35 +56,39 @@ def fifo(
     targets: Sequence[Any],
     loss: Callable[..., torch.Tensor],
     optimizer: Callable[[Any], torch.optim.Optimizer],
-    delays: Sequence[int],
+    delays: Sequence[int] | Callable[[int], Sequence[int]],
     *,
     weights: Literal["stashed", "current", "recomputed"] = "stashed",
     every: int = 1,
     forward: Forward | None = None,
+    backward_reads: Backward | None = None,
     step: Step | None = None,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Train ``model_parts`` in place, stage k with gradients that are ``delays[k]`` frames late.
 
     Args:
         model_parts: the stages, from the input on; a part without parameters has no optimizer.
-        frames: what goes into the first; targets: for ``loss(output, target)``.
+        frames: what goes into the first.
+        targets: what the loss compares with.
+        loss: ``loss(output, target)``.
         optimizer: ``params -> Optimizer``, one per part.
-        delays: per part; from the input on they must not grow.
+        delays: per part, or for each frame number per part; from the input on they must not grow.
         weights: of the backward: "stashed", those of the forward; "current", the newest in the graph of the forward;
             "recomputed", the newest in a graph made anew from the kept input.
         every: gradients averaged into one step.
         forward: ``(k, params, optimizer) -> tensors`` that the forward reads in place of the parameters.
+        backward_reads: ``(k, params, steps since the forward) -> tensors`` that the backward of that graph reads.
         step: ``(k, params, optimizer)``: in place of ``optimizer.step()``; the gradients are in ``.grad``.
 
     Returns:
         The loss of each frame, and the parts' state under their own keys.
     """
     parts = list(model_parts)
-    assert list(delays) == sorted(delays, reverse=True)
     names = [[name for name, _ in part.named_parameters()] for part in parts]
-    params = [[p for _, p in part.named_parameters()] for part in parts]
+    params: list[Tensors] = [[p for _, p in part.named_parameters()] for part in parts]
     optimizers = [optimizer(own) if own else None for own in params]
-    waiting: list[deque[tuple[int, torch.Tensor, torch.Tensor, Tensors]]] = [deque() for _ in parts]
+    steps = [0] * len(parts)
+    waiting: list[deque[tuple[int, torch.Tensor, torch.Tensor, Tensors, int]]] = [deque() for _ in parts]
     messages: dict[int, torch.Tensor | None] = {}  # by frame, on its way down
     gathered: list[list[Tensors]] = [[] for _ in parts]
     losses: list[float] = []
@@ -99,10 +105,14 @@ def fifo(
         return [p.data.clone().requires_grad_() if weights == "stashed" else p.data.requires_grad_() for p in own]
 
     def backward(k: int) -> None:
-        t, x, y, used = waiting[k].popleft()
+        t, x, y, used, before = waiting[k].popleft()
+        read = params[k] if backward_reads is None else backward_reads(k, params[k], steps[k] - before)
         if weights == "recomputed":
-            used = [p.data.clone().requires_grad_() for p in params[k]]
+            used = [tensor.detach().clone().requires_grad_() for tensor in read]
             y = call(k, used, x, t)
+        elif backward_reads is not None:  # the graph's own storage: nobody else reads it
+            for tensor, value in zip(used, read, strict=True):
+                tensor.data.copy_(value.detach())
         seed = messages.pop(t, None)
         found = torch.autograd.grad(y, [x, *used] if k > 0 else used, seed)
         if k > 0:
@@ -115,21 +125,24 @@ def fifo(
         gathered[k].clear()
         optimizer_of = optimizers[k]
         assert optimizer_of is not None
+        steps[k] += 1
         if step is None:
             optimizer_of.step()
         else:
             step(k, params[k], optimizer_of)
 
     for t, frame in enumerate(frames):
+        now = delays(t) if callable(delays) else delays
+        assert list(now) == sorted(now, reverse=True)
         for k in reversed(range(len(parts))):
-            while len(waiting[k]) > delays[k]:
+            while len(waiting[k]) > now[k]:
                 backward(k)
         x = frame.detach()
         for k in range(len(parts)):
             x = x.detach().requires_grad_(k > 0)
             used = read(k)
             y = call(k, used, x, t)
-            waiting[k].append((t, x, y, used))
+            waiting[k].append((t, x, y, used, steps[k]))
             x = y
         losses.append(float(x.detach()))
     for _ in frames:

@@ -14,7 +14,7 @@ from aiotime.planning.partition import Partition, Problem, even, frontier, parti
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    """Small ones, with devices of different speed, far and near, with and without limits."""
+    """Small ones, with devices of different speed, far and near, with and without limits, learning or not."""
     layers, devices = draw(st.integers(1, 6)), draw(st.integers(1, 4))
     cost = st.integers(0, 20).map(float)
     nbytes = st.lists(st.integers(0, 10), min_size=layers, max_size=layers)
@@ -23,13 +23,30 @@ def problems(draw: st.DrawFn) -> Problem:
         for source in [None, *range(devices)]
         for target in range(devices)
     }
+    parameter_bytes = draw(nbytes)
+    learns = draw(st.booleans())
+    inputs = draw(nbytes)
+
+    def holding(first: int, stop: int, stage: int, stages: int) -> int:
+        return sum(parameter_bytes[first:stop]) + inputs[first] * (stages - stage)  # a layer more may be less
+
     return Problem(
         seconds=[draw(st.lists(cost, min_size=layers, max_size=layers)) for _ in range(devices)],
         cut_bytes=draw(nbytes),
-        parameter_bytes=draw(nbytes),
+        parameter_bytes=parameter_bytes,
         memory=draw(st.lists(st.none() | st.integers(0, 40), min_size=devices, max_size=devices)),
         transfer=lambda nbytes, source, target: nbytes * links[source, target],
+        back_bytes=draw(nbytes) if learns else (),
+        joined=draw(st.sets(st.integers(1, layers))) if learns else (),
+        holding=holding if learns else None,
     )
+
+
+def held(problem: Problem, first: int, stop: int, stage: int, stages: int) -> int:
+    """Bytes in a stage."""
+    if problem.holding is not None:
+        return problem.holding(first, stop, stage, stages)
+    return sum(problem.parameter_bytes[first:stop])
 
 
 def every(problem: Problem) -> list[Partition]:
@@ -38,12 +55,14 @@ def every(problem: Problem) -> list[Partition]:
     found = []
     for stages in range(1, min(layers, devices) + 1):
         for cuts in itertools.combinations(range(1, layers), stages - 1):
+            if set(cuts) & set(problem.joined):
+                continue
             edges = [0, *cuts, layers]
             for chosen in itertools.combinations(range(devices), stages):
                 runs = list(itertools.pairwise(edges))
                 fits = all(
-                    (limit := problem.memory[device]) is None or sum(problem.parameter_bytes[first:stop]) <= limit
-                    for (first, stop), device in zip(runs, chosen, strict=True)
+                    (limit := problem.memory[device]) is None or held(problem, first, stop, stage, stages) <= limit
+                    for stage, ((first, stop), device) in enumerate(zip(runs, chosen, strict=True))
                 )
                 if fits:
                     seconds = tuple(
@@ -122,3 +141,15 @@ def test_even_sizes_differ_by_one_at_most(layers: int, stages: int) -> None:
     assert sum(sizes) == layers
     assert len(sizes) == stages
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_what_a_layer_needs_to_learn_is_said() -> None:
+    """And what all of them do, where each would fit."""
+    alone = Problem([[1.0] * 2] * 2, [0] * 2, [10] * 2, [50, 40], names=["a", "b"], holding=lambda *stage: 60)
+    with pytest.raises(PlanError, match=r"'a' needs 60 bytes to learn .* more than 50"):
+        partition(alone)
+    together = Problem(
+        [[1.0] * 2], [0] * 2, [10] * 2, [50], holding=lambda first, stop, stage, stages: 30 * (stop - first)
+    )
+    with pytest.raises(PlanError, match=r"60 bytes to learn .* add devices"):
+        partition(together)

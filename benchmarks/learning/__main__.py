@@ -1,0 +1,150 @@
+"""python -m benchmarks.learning [accuracy] [correlation] [speed] [memory] [--cache FILE]"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks._harness import Report, machine, parser
+from benchmarks.learning import __doc__ as question
+from benchmarks.learning import accuracy, correlation, memory, speed
+from benchmarks.learning.rules import BY_NAME, DEFAULT, EXACT, RECOMMENDED, SIDEWAYS
+from benchmarks.learning.streams import STREAMS
+from benchmarks.learning.study import Study
+from benchmarks.learning.tuning import Round
+
+RIVER = ("phishing", "bananas", "image-segments", "trump-approval")
+
+
+def main() -> None:
+    options = parser(question or "")
+    options.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; by default all of them")
+    options.add_argument("--cache", type=Path, help="finished runs are kept in this file, and not run again")
+    options.add_argument("--processes", type=int, help="of accuracy and correlation; by default one per core")
+    options.add_argument("--scale", type=float, default=1.0, help="of the streams' lengths (accuracy)")
+    options.add_argument("--streams", nargs="+", choices=list(STREAMS), help="of accuracy; by default all")
+    arguments = options.parse_args()
+    for part in arguments.parts:
+        if part not in PARTS:
+            options.error(f"there is no part {part!r}; there are: {', '.join(PARTS)}")
+    torch.set_num_threads(1)
+    for part in arguments.parts or PARTS:
+        PARTS[part](_own(arguments, part))
+
+
+def _own(arguments: argparse.Namespace, part: str) -> argparse.Namespace:
+    """Results of a part go to a file of its own."""
+    own = copy.copy(arguments)
+    if own.save is not None:
+        label = own.save or f"{machine()['cores']}-cores"
+        own.save = f"{label}-{part}"
+    return own
+
+
+def _study(arguments: argparse.Namespace) -> Study:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Study(processes=arguments.processes or (1 if arguments.quick else cores), cache=arguments.cache)
+
+
+def run_accuracy(arguments: argparse.Namespace) -> None:
+    """Every rule, stage count and stream."""
+    sizes = accuracy.Sizes(scale=arguments.scale)
+    if arguments.quick:
+        names = (EXACT, SIDEWAYS, DEFAULT, RECOMMENDED)
+        sizes = accuracy.Sizes(
+            scale=0.01,
+            seeds=(0, 1),
+            rounds=(Round(2, 40),),
+            near=(Round(2, 40),),
+            streams=("digits", "digits-smooth", "digits-replay"),
+            rows=tuple(BY_NAME[name] for name in names),
+            stages=(2, 4),
+        )
+    elif arguments.streams:
+        sizes = accuracy.Sizes(scale=arguments.scale, streams=tuple(arguments.streams))
+    missing = [name for name in sizes.streams if name in RIVER and importlib.util.find_spec("river") is None]
+    sizes = accuracy.Sizes(
+        **{
+            **{field: getattr(sizes, field) for field in sizes.__slots__},
+            "streams": tuple(name for name in sizes.streams if name not in missing),
+        }
+    )
+    report = Report(
+        __file__,
+        question=f"{question} Accuracy.",
+        setup="8 layers of 64 (video: 8 convolutions of 16 channels), batch 1, predict, then learn, frame by frame, in "
+        "the pipeline itself. Every rule is tuned alike, on other seeds and frames.",
+        arguments=arguments,
+    )
+    if missing:
+        report.say("", f"Left out, since river is not installed: {', '.join(missing)}.")
+    accuracy.report_all(report, _study(arguments), sizes)
+    report.finish()
+
+
+def run_correlation(arguments: argparse.Namespace) -> None:
+    """Scenes of 1 to 32 frames."""
+    sizes = correlation.Sizes()
+    if arguments.quick:
+        sizes = correlation.Sizes(lengths=(1, 8), frames=60, tuning=30, settings=1, seeds=(0, 1))
+    report = Report(
+        __file__,
+        question=f"{question} Accuracy against the stream's correlation length.",
+        setup=f"{correlation.STREAM}: scenes of n frames that blend one digit into another of its class, then a cut. "
+        f"{correlation.STAGES} stages, {len(correlation.SETTINGS)} settings tried for every rule and length on other seeds.",
+        arguments=arguments,
+    )
+    correlation.report_all(report, _study(arguments), sizes)
+    report.finish()
+
+
+def run_speed(arguments: argparse.Namespace) -> None:
+    """Real time and virtual time."""
+    quick = arguments.quick
+    rounds = arguments.rounds or (1 if quick else 7)
+    report = Report(
+        __file__,
+        question=f"{question} Speed.",
+        setup=f"{rounds} rounds in turns, medians. aiotime: 2 CPU streams with 1 intra-op thread each, stashed weights, "
+        "measured while the stream goes on.",
+        arguments=arguments,
+    )
+    if quick:
+        speed.real(report, layers=6, side=12, number=3, rounds=rounds)
+        speed.simulated(report, devices=(2, 8), frames=40)
+    else:
+        speed.real(report, layers=30, side=64, number=16, rounds=rounds)
+        speed.simulated(report, devices=(2, 4, 8), frames=1_000)
+    report.finish()
+
+
+def run_memory(arguments: argparse.Namespace) -> None:
+    """Graphs, versions, bytes."""
+    width, rows, frames = (8, 4, 24) if arguments.quick else (256, 64, 64)
+    report = Report(
+        __file__,
+        question=f"{question} Memory.",
+        setup=f"{memory.STAGES} stages of two layers ({width} wide, ReLU), frames of {rows} rows, float32, SGD. Saved in "
+        "graphs: storages that autograd holds for backwards to come, each counted once, the newest weights left out.",
+        arguments=arguments,
+    )
+    memory.report_all(report, width=width, rows=rows, frames=frames)
+    report.finish()
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "accuracy": run_accuracy,
+    "correlation": run_correlation,
+    "speed": run_speed,
+    "memory": run_memory,
+}
+
+
+if __name__ == "__main__":
+    main()
