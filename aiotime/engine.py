@@ -25,6 +25,7 @@ from aiotime.learning.course import Barrier, Course
 from aiotime.learning.desk import Agenda, Desk, Hands
 from aiotime.learning.meeting import MeetingDesk
 from aiotime.learning.rule import Rule
+from aiotime.learning.taps import TapDesk
 from aiotime.observe.log import get_logger
 from aiotime.observe.meter import Ring, Tracer
 from aiotime.stage import StageRunner, StageSpec
@@ -171,7 +172,7 @@ class Engine:
         """For a stage that learns: what decides the order of its jobs."""
         if self.course is None or spec.hands is None or spec.order is None:
             return None
-        kind: type[Desk] = Desk
+        kind: type[Desk] = TapDesk if spec.order.taps else Desk
         if spec.order.meet:
             kind = MeetingDesk if spec.replica is None else ReplicaDesk
         return self._open_desk(kind, spec.hands, spec, index, stream, agendas, [each.device for each in self.specs])

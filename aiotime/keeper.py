@@ -21,7 +21,7 @@ from aiotime.engine import Engine
 from aiotime.errors import BrokenError, ClosedError, ConfigurationError
 from aiotime.learning.learner import StageLearner
 from aiotime.learning.rule import Rule
-from aiotime.planning.piece import EXTRA, Piece, like, put, slots
+from aiotime.planning.piece import Piece, put, slots
 from aiotime.stage import StageSpec
 from aiotime.standstill import Standstill
 
@@ -67,28 +67,14 @@ class Keeper:
 
     def load(self, stage: int, state: Mapping[str, Any]) -> None:
         """Give one stage its part of ``state``; the old tensors are not written to."""
-        if self._model is not None:
-            self._pieces[stage].load(state)
-        else:
-            self._load_module(self._specs[stage].name, state)
-        if (hands := self._specs[stage].hands) is not None:
-            hands.adopt()
-
-    def _load_module(self, name: str, state: Mapping[str, Any]) -> None:
-        module = self._modules.get(name)
-        if module is None:
-            return
-        taken: dict[int, torch.Tensor] = {}  # tied tensors stay tied
-        for path, (owner, attribute, old) in slots(module).items():
-            new = state.get(f"{name}.{path}")
-            if new is not None and id(old) not in taken:
-                taken[id(old)] = like(old, new.detach().to(device=old.device, dtype=old.dtype, copy=True))
-            if id(old) in taken:
-                put(owner, attribute, taken[id(old)])
-        for key in module.state_dict():
-            path, _, last = key.rpartition(".")
-            if last == EXTRA and f"{name}.{key}" in state:
-                module.get_submodule(path).set_extra_state(state[f"{name}.{key}"])
+        try:
+            if self._model is not None:
+                self._pieces[stage].load(state)
+            elif (module := self._modules.get(self._specs[stage].name)) is not None:
+                _load_module(module, self._specs[stage].name, state)
+        finally:
+            if (hands := self._specs[stage].hands) is not None:
+                hands.adopt()
 
     def read(self, stage: int) -> StagePart:
         """Copies of what one stage holds, on the host."""
@@ -196,6 +182,28 @@ class Keeper:
                 engine.accepted = 0
             if found.rng is not None:
                 write_rng(found.rng)
+
+
+def _load_module(module: nn.Module, name: str, state: Mapping[str, Any]) -> None:
+    """By the module's own ``load_state_dict``, which replaces parameters; what was tied stays tied."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner, attribute, tensor in slots(module).values():
+        if attribute in owner._parameters:
+            places.setdefault(id(tensor), []).append((owner, attribute))
+    for owner, attribute in (first for first, *_ in places.values()):
+        held: Any = owner._parameters[attribute]
+        if not isinstance(held, nn.Parameter):  # a learner's working tensor
+            put(owner, attribute, nn.Parameter(held.detach(), requires_grad=held.requires_grad))
+    own: dict[str, Any] = module.state_dict()
+    mine = {key: state[f"{name}.{key}"] for key in own if f"{name}.{key}" in state}
+    mine = {
+        key: value.to(device=own[key].device, dtype=own[key].dtype) if isinstance(value, torch.Tensor) else value
+        for key, value in mine.items()
+    }
+    module.load_state_dict(mine, strict=False, assign=True)
+    for (owner, attribute), *others in places.values():
+        for other, name_there in others:
+            put(other, name_there, getattr(owner, attribute))
 
 
 def read_rng() -> dict[str, torch.Tensor]:

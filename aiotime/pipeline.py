@@ -247,6 +247,8 @@ class Pipeline:
         if learner is None:
             return
         sites = []
+        tensors = self._model.named_parameters(remove_duplicate=False) if self._model is not None else ()
+        identities = {key: id(tensor) for key, tensor in tensors}
         for index, spec in enumerate(specs):
             piece = self._pieces[index] if self._pieces else None
             root = piece.module if piece is not None else self._modules.get(spec.name)
@@ -254,6 +256,7 @@ class Pipeline:
             if piece is not None:
                 site.rebind, site.example = piece.module.bind, self._example
                 site.names = {slot: key for key, slot in piece.keys.items()}
+                site.identities = {slot: identities[key] for key, slot in piece.keys.items() if key in identities}
             elif root is not None:
                 site.names = {name: f"{spec.name}.{name}" for name, _ in root.named_parameters()}
             site.device = _torch_device(spec.device, root)

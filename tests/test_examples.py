@@ -1,4 +1,4 @@
-"""The examples run and print the numbers they promise; the service (03) is in test_service.py."""
+"""The examples run and print the numbers they promise; the services (03, 11) have test files of their own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import aiotime
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FILES = sorted(EXAMPLES.glob("[0-9][0-9]_*.py"))
-SCRIPTS = [path for path in FILES if path.stem != "03_service"]  # those that end by themselves
+SERVICES = ("03_service", "11_learning_service")
+SCRIPTS = [path for path in FILES if path.stem not in SERVICES]  # those that end by themselves
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(aiotime.__file__).parent.parent), "PYTHONIOENCODING": "utf-8"}
 
 PRINTED = {  # a line of each, as a script
@@ -32,6 +33,7 @@ PRINTED = {  # a line of each, as a script
     "08_timeline": "bottleneck: model, busy 97%",
     "09_simulated_scaling": "64 devices: 56.84 ×   (formula 56.84 ×)",
     "10_transformer": "sequences with equal logits: 32 of 32",
+    "12_next_frame": "foreseen of the change, second half: ",
 }
 
 ALL_AS_SCRIPTS = """
@@ -135,6 +137,11 @@ def test_simulated_scaling_follows_its_formula() -> None:
 def test_transformer_equals_the_model() -> None:
     """10: the logits of all sequences are the model's own."""
     assert run("10_transformer") == 32
+
+
+def test_next_frame_foresees_what_will_change() -> None:
+    """12: more than half of what "nothing will move" leaves open, on frames that were each seen once."""
+    assert 0.5 < run("12_next_frame") < 0.9
 
 
 def test_examples_run_as_scripts(tmp_path: Path) -> None:

@@ -4,12 +4,62 @@
     order.py       orders, as numbers        desk.py      which job comes next; ticket.py: what a frame carries
     learner.py     the hands: back-propagation through one stage; boundary.py: where its graph begins
     weights.py     parameters in versions    update.py    optimizer, clipping, guard, schedule
+    course.py      the learning of an open pipeline: late targets, errors, barriers
+    enrolment.py   which stages learn
 
-    exact.py, delayed.py, …                  one file per rule
+    exact.py  synchronous.py  sideways.py  delayed.py  local.py  interlocking.py  penalty.py
+    augmented_lagrangian.py  block_admm.py          one file per rule
+    corrections/   for gradients that come late     heads.py     auxiliary heads, chosen from the cut's shape
+    replay.py      a sliding window                 prequential.py  predict, score, then learn
 """
 
+from aiotime.learning.augmented_lagrangian import AugmentedLagrangian
+from aiotime.learning.block_admm import BlockADMM
+from aiotime.learning.corrections import (
+    Correction,
+    DelayScaling,
+    DiscrepancyCorrection,
+    GapAware,
+    HybridFinish,
+    LearningRateRescheduling,
+    SpikeCompensation,
+    WeightPrediction,
+    asynchronous_nesterov,
+    from_batch_recipe,
+)
 from aiotime.learning.delayed import Delayed
 from aiotime.learning.exact import Exact
+from aiotime.learning.interlocking import Interlocking
+from aiotime.learning.local import Local
+from aiotime.learning.penalty import Penalty
+from aiotime.learning.prequential import PrequentialResult, prequential
+from aiotime.learning.replay import replay
 from aiotime.learning.rule import Rule
+from aiotime.learning.sideways import Sideways
+from aiotime.learning.synchronous import Synchronous
 
-__all__ = ["Delayed", "Exact", "Rule"]
+__all__ = [
+    "AugmentedLagrangian",
+    "BlockADMM",
+    "Correction",
+    "DelayScaling",
+    "Delayed",
+    "DiscrepancyCorrection",
+    "Exact",
+    "GapAware",
+    "HybridFinish",
+    "Interlocking",
+    "LearningRateRescheduling",
+    "Local",
+    "Penalty",
+    "PrequentialResult",
+    "Rule",
+    "Sideways",
+    "SpikeCompensation",
+    "Synchronous",
+    "WeightPrediction",
+    "asynchronous_nesterov",
+    "from_batch_recipe",
+    "prequential",
+    "replay",
+]

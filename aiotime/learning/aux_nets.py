@@ -178,7 +178,7 @@ class AuxNets:
             return
         with torch.inference_mode(mode=False), torch.enable_grad():
             raw = self.placed(raw)
-            errors = [nn.functional.mse_loss(nets[at](raw), target.to(_dtype(nets[at]))) for at, target in wanted]
+            errors = [_distance(nets[at](raw), self.placed(target)) for at, target in wanted]
             loss = torch.stack(errors).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -212,6 +212,5 @@ class AuxNets:
         self.steps = state["steps"]
 
 
-def _dtype(net: nn.Module) -> torch.dtype:
-    parameter = next(net.parameters(), None)
-    return torch.float32 if parameter is None else parameter.dtype
+def _distance(made: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return nn.functional.mse_loss(made, target.to(made.dtype))

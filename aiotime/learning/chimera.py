@@ -11,6 +11,7 @@ make the same update of it.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -147,7 +148,7 @@ class ReplicaLearner(StageLearner):
             return {
                 "weights": self.weights.snapshot(),
                 "buffers": [buffer.detach().clone() for buffer in self._buffers()],
-                "state": self.state_dict(),
+                "state": copy.deepcopy(self.state_dict()),  # an optimizer does not copy what it loads
             }
 
     def mirror(self, shown: dict[str, Any]) -> None:
@@ -158,7 +159,9 @@ class ReplicaLearner(StageLearner):
             self.weights.publish()
             for buffer, tensor in zip(self._buffers(), shown["buffers"], strict=True):
                 buffer.copy_(tensor)
-        self.load_state_dict(shown["state"])  # an optimizer copies what it loads
+        learned = self.learned
+        self.load_state_dict(shown["state"])
+        self.learned = learned  # from the frames that came this way
 
     def _buffers(self) -> list[torch.Tensor]:
         return [buffer for _, root in self.site.modules for buffer in root.buffers()]

@@ -6,7 +6,7 @@ Lives on the loop, beside the engine; the work is done by desks on the device st
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -145,18 +145,22 @@ class Course:
 
     def lessons(self, stage: int, elapsed: float) -> Lessons | None:
         """What ``stage`` learned, ``elapsed`` seconds after the opening; None where it does not learn."""
-        desk = next((desk for desk, _ in self.desks if desk.index == stage), None)
-        if desk is None or not isinstance(desk.hands, StageLearner) or not desk.hands.learns:
+        desks = [desk for desk, _ in self.desks if desk.index == stage]  # two where the stage has a replica
+        hands = [desk.hands for desk in desks if isinstance(desk.hands, StageLearner) and desk.hands.learns]
+        if not hands:
             return None
-        hands = desk.hands
+        updater = hands[0].updater
+        delays: Counter[int] = Counter()
+        for desk in desks:
+            delays.update(dict(desk.delays))
         return lessons(
-            [recorder for work in desk.works[1:] for recorder in work.recorders],
+            [recorder for desk in desks for work in desk.works[1:] for recorder in work.recorders],
             elapsed=elapsed,
-            frames=hands.learned,
-            updates=hands.updater.updates if hands.updater is not None else 0,
-            skipped=hands.updater.skipped if hands.updater is not None else 0,
-            delays=dict(desk.delays),
-            kept_bytes=hands.kept_nbytes(),
+            frames=sum(each.learned for each in hands),
+            updates=updater.updates if updater is not None else 0,
+            skipped=updater.skipped if updater is not None else 0,
+            delays=delays,
+            kept_bytes=sum(each.kept_nbytes() for each in hands),
         )
 
     # ------------------------------------------------------------------ errors and the end

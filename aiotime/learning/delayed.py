@@ -43,7 +43,7 @@ class Delayed(Rule):
         weights            forward of frame t reads    backward reads           versions held at stage k
         stashed            θ                           that θ                   S-k
         current            θ                           the newest θ             1
-        predicted          θ̂ = θ - D·η·v               that θ̂                   S-k
+        predicted          θ̂ = θ - D·η·v               that θ̂                   S-k+1
         double-buffered    W(j-1) in mini-batch j      that W(j-1)              2     (delay: one update, everywhere)
 
     Graphs held at stage k: S-k, with ``recompute`` as many inputs instead. "lockstep" doubles what exceeds one.
@@ -126,8 +126,13 @@ class Delayed(Rule):
         return order
 
     def versions(self, stage: int, stages: int) -> int:
-        """As in the table above."""
-        return 2 if self.which == "double-buffered" else super().versions(stage, stages)
+        """As in the table above; where a forward reads a guess, every graph has its own."""
+        if self.which == "double-buffered":
+            return 2
+        if not any(correction.changes in ("forward", "backward") for correction in self.corrections):
+            return super().versions(stage, stages)
+        graphs = self.graphs(stage, stages)
+        return 2 if not self.stashes else 1 + graphs if graphs > 1 else 1
 
     def stage(self, site: Site) -> StageLearner:
         """Back-propagation with a choice of weights."""
@@ -147,6 +152,7 @@ class DelayedLearner(StageLearner):
     rule: Delayed
 
     def __init__(self, site: Site, rule: Delayed) -> None:
+        self.corrected = Corrected((), None)  # until there is an optimizer
         super().__init__(site, rule)
         self.stash = rule.which != "current"
         self.buffer = DoubleBuffer(rule.update_every) if rule.which == "double-buffered" else None
@@ -157,7 +163,7 @@ class DelayedLearner(StageLearner):
     def make_updater(self) -> Updater | None:
         """With what the corrections add to it."""
         updater = super().make_updater()
-        self.corrected = Corrected(self.rule.corrections, self.weights, updater)
+        self.corrected = Corrected(self.rule.corrections, updater)
         return updater
 
     # ------------------------------------------------------------------ forward
@@ -242,7 +248,8 @@ class DelayedLearner(StageLearner):
         if not self.stash and self.corrected.reads_other:
             with torch.inference_mode(mode=False), torch.no_grad():
                 guess = self.corrected.backward_weights(self.weights.version - kept.version)
-                _write(kept.weights, self.weights.masters[: len(kept.weights)] if guess is None else guess)
+                values = self.weights.masters if guess is None else guess
+                _write(kept.weights, values[: len(kept.weights)])  # a head may have been added since
         elif not self.stash and kept.rng is not None:
             kept.weights = self.weights.working
         if kept.rng is None:
@@ -268,7 +275,7 @@ class DelayedLearner(StageLearner):
     def update(self, scale: float | None = None) -> None:
         """New weights, and what the corrections learn from the move."""
         updater = self.updater
-        if updater is None:
+        if updater is None or not updater.gathered:
             return
         keep, old, version = self._keeps_old(), self.weights.working, self.weights.version
         with torch.inference_mode(mode=False):
@@ -300,7 +307,8 @@ class DelayedLearner(StageLearner):
     def drop(self, ticket: Ticket) -> None:
         """Forget the frame; a mini-batch goes on without it."""
         super().drop(ticket)
-        self._owed = None
+        if self._owed is not None and self._owed[0] is ticket:
+            self._owed = None
         if self.buffer is not None:
             self.buffer.lost(ticket)
 
@@ -325,6 +333,13 @@ class DelayedLearner(StageLearner):
         state["corrections"] = self.corrected.state_dict()
         state["buffer"] = None if self.buffer is None else self.buffer.state_dict(self.weights.version)
         return state
+
+    def about(self) -> dict[str, Any]:
+        """With the corrections that have state, and how often the versions change."""
+        about = super().about()
+        about["corrections"] = [type(correction).__name__ for correction in self.rule.corrections]
+        about["frames per version"] = None if self.buffer is None else self.buffer.every
+        return about
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`, the weights being those of the checkpoint."""

@@ -164,6 +164,7 @@ class Desk:
         self._heard: Ticket | None = None  # whose message goes with the backward taken last
         self._lost: BaseException | None = None  # why there is nothing to do in the job taken last
         self._outstanding = 0
+        self._back = False  # the newest forward or backward was a backward
         self._in_batch = 0  # forwards of the present mini-batch
         self._learned = 0  # and its backwards
         self._closer: Ticket | None = None  # the newest of a mini-batch: what fails at its end is told as its error
@@ -250,7 +251,8 @@ class Desk:
             return self.works[2], Pending(done=True), owed.shadow, Pending(), None
         if self._batch_is_full():  # its last job was never run: the device is lost
             self._in_batch = self._learned = 0
-        for loss, lane in self._relays.items():  # others wait for these
+        # a frame's relays are over before its backward is due: the gradient of a nearer loss comes first
+        for loss, lane in self._relays.items():
             if lane and (up := self._arrived(self._relay_source(lane[0][0], loss))) is not None:
                 return self._take_relay(*lane.popleft(), loss, up)
         for at in range(len(self._released)):  # by position, as the loop may append meanwhile
@@ -264,8 +266,7 @@ class Desk:
                 return self._take_backward(ticket, kept, up)
         if self._backward and self._wants_backward():
             ticket, forward = self._backward[0]
-            relayed = all(not lane or lane[0][0] is not ticket for lane in self._relays.values())
-            if relayed and (up := self._message(ticket)) is not None:
+            if (up := self._message(ticket)) is not None:
                 self._backward.popleft()
                 self._outstanding -= 1
                 self._learned += 1
@@ -282,15 +283,16 @@ class Desk:
         if not up.done:
             return None
         if action is not None:
-            if self._outstanding or self._owes_late() or any(self._relays.values()):
+            if self._outstanding or self._owes_late():
                 return None
             self._forward.popleft()
             return self.works[0], up, frame, mine, self._barrier(action)
         ticket: Ticket = frame.ticket
-        counted = self.hands.learns and ticket.learn and not ticket.late
+        counted = self._counts(ticket)
         if (counted or self.order.strict) and not self._wants_forward():
             return None
         self._forward.popleft()
+        self._back = False
         self._at = ticket
         lacking = self._lacking(ticket)
         ticket.delays[self.index] = lacking
@@ -327,6 +329,17 @@ class Desk:
         """Earlier frames whose updates the present weights lack."""
         return self._outstanding + self.hands.pending_updates()
 
+    def _counts(self, ticket: Ticket) -> bool:
+        """Will its gradient be waited for?"""
+        return self.hands.learns and ticket.learn and not ticket.late
+
+    def _may_forward(self) -> bool:
+        """Is there a frame that could go forward now?"""
+        if not self._forward:
+            return False
+        up, frame, _, action = self._forward[0]
+        return action is None and up.done and (not self._counts(frame.ticket) or self._wants_forward())
+
     def _wants_forward(self) -> bool:
         batch, ahead = self.order.batch, self.order.ahead
         if self.order.after is not None:
@@ -334,8 +347,10 @@ class Desk:
         return self._outstanding <= ahead and (batch is None or self._in_batch < batch)
 
     def _wants_backward(self) -> bool:
-        if not self.order.strict or self._aborted is not None:
+        if self._aborted is not None:
             return True
+        if not self.order.strict:  # two in a row would starve the stages above of frames, and soon this one of gradients
+            return not (self._back and self._may_forward())
         if self._forward and self._forward[0][3] is not None:
             return True  # a barrier: no further forward comes before it
         return not self._wants_forward()
@@ -378,6 +393,7 @@ class Desk:
     def _take_backward(self, ticket: Ticket, forward: Pending, up: Pending) -> Job:
         """A backward that has lost its forward or its message still runs: it passes that on and keeps the counts."""
         self._at = ticket
+        self._back = True
         if self.order.split:
             self._owed = ticket
         self._lost = forward.error or up.error

@@ -97,7 +97,8 @@ def _check_shared(sites: Sequence[Site]) -> None:
                 if not parameter.requires_grad:
                     continue
                 mine = site.names.get(f"{prefix}{name}", f"{prefix}{name}")
-                at, other = owner.setdefault(id(parameter), (site.name, mine))
+                identity = site.identities.get(f"{prefix}{name}", id(parameter))
+                at, other = owner.setdefault(identity, (site.name, mine))
                 if at != site.name:
                     raise ConfigurationError(
                         f"{other!r} of stage {at!r} is also {mine!r} of stage {site.name!r}: two stages cannot both "

@@ -21,8 +21,8 @@ class Exact(Rule):
     without_delay = True
 
     def order(self, stage: int, stages: int) -> Order:
-        """A forward waits for every backward before it."""
-        return Order(0, meet=self.clip == "global")
+        """A forward waits for every backward before it, also that of a frame without a target."""
+        return Order(0, strict=True, meet=self.clip == "global")
 
     def stage(self, site: Site) -> StageLearner:
         """Back-propagation."""

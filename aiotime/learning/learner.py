@@ -40,6 +40,7 @@ class Site:
         rebind: to be called after a parameter slot was changed.
         passes_down: some stage below has something to learn.
         names: name in ``modules`` -> the user's name for it, where they differ.
+        identities: name in ``modules`` -> the identity of the user's parameter (moved ones are new objects).
         device: where it runs, as torch says it.
         entry: what comes in, for an example frame; None where that is not known (`Pipeline.from_stages`).
         exit: what goes out for it.
@@ -55,6 +56,7 @@ class Site:
     rebind: Callable[[], Any] | None = None
     passes_down: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
+    identities: Mapping[str, int] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     entry: Any = None
     exit: Any = None

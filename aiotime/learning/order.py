@@ -32,6 +32,7 @@ class Order:
             (`aiotime.learning.desk.Echo`): with ``strict`` the frame before, waited for; else the oldest, if it came.
         after: from so many forwards on, over the next ``over`` of them, ``ahead`` goes down to 0; None: it stays.
         meet: an update waits for other stages, or for a replica (`aiotime.learning.meeting.MeetingDesk`).
+        taps: a backward waits for gradients that came the short way (`aiotime.learning.taps.TapDesk`).
     """
 
     ahead: int = 0
@@ -42,6 +43,7 @@ class Order:
     relays: tuple[int, ...] = ()
     echo: bool = False
     meet: bool = False
+    taps: bool = False
     after: int | None = None
     over: int = 0
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,6 +22,7 @@ from aiotime.learning.boundary import tensors_of
 from aiotime.learning.learner import Kept, Message, Site, StageLearner
 from aiotime.learning.order import Order, lockstep
 from aiotime.learning.rule import Rule
+from aiotime.learning.taps import Tapped, Taps, joined
 from aiotime.learning.ticket import Ticket
 from aiotime.learning.update import Updater
 from aiotime.learning.weights import Weights
@@ -46,14 +48,24 @@ class Sideways(Rule):
 
     Delay 2(S-1-k) updates at stage k; memory: one graph per stage. All frames must have one shape.
 
+    A model with long skips, cut into stages, hands the skipping tensors on from stage to stage. With ``taps`` their
+    gradients go back the short way, in one tick, as in Skip-Sideways (Malinowski et al., "Gradient Forward-Propagation
+    for Large-Scale Temporal Video Modelling", CVPR 2021). There the activations take the skip in one tick too, so that
+    a unit sees features of several frames at once. That is another function than the model's, and its value for a frame
+    would depend on frames that come later; here each frame's output stays the model's own, and a module that wants
+    features of earlier frames keeps them itself.
+
     Args:
+        taps: gradients of tensors that stages only hand on go straight to the stage that made them. Those that arrive
+            before a stage's first gradient through the chain are not used.
         per_clip: gather pseudo-gradients and apply their mean once per clip, when the first frame of the next scene
             reaches the stage (and at the end), as the authors of Sideways do; with ``update_every=n`` also after n.
         **settings: those of `aiotime.learning.rule.Rule`.
     """
 
-    def __init__(self, *, per_clip: bool = False, **settings: Any) -> None:
+    def __init__(self, *, taps: bool = False, per_clip: bool = False, **settings: Any) -> None:
         super().__init__(**settings)
+        self.taps = taps
         self.per_clip = per_clip
         self._learners: WeakSet[SidewaysLearner] = WeakSet()
 
@@ -64,7 +76,7 @@ class Sideways(Rule):
 
     def order(self, stage: int, stages: int) -> Order:
         """2(S-1-k) forwards first, then one forward, one backward."""
-        return lockstep(stage, stages)
+        return dataclasses.replace(lockstep(stage, stages), taps=self.taps)
 
     stashes = False
 
@@ -99,6 +111,9 @@ class SidewaysLearner(StageLearner):
         self.stash = False
         self.straddled = 0
         self.reruns = 0
+        self.tapped: list[Tapped] = []  # what came through taps for the backward that is next
+        self._taps = Taps(site) if rule.taps else None
+        self._given: list[torch.Tensor] = []
         self._per_clip = rule.per_clip
         self._newest: Ticket | None = None
 
@@ -113,10 +128,27 @@ class SidewaysLearner(StageLearner):
         kept.extra = value
         self.kept = {ticket: kept}
         self._newest = ticket
+        if self._taps is not None:
+            self._taps.note(ticket, self._given, kept.outputs)
         return output
+
+    def compute(self, ticket: Ticket, kept: Kept, given: Any) -> Any:
+        """As ever; what comes out as it came in is only handed on."""
+        if self._taps is not None:
+            self._given = tensors_of(given)
+        return super().compute(ticket, kept, given)
 
     def backward(self, ticket: Ticket, message: Message) -> Message:
         """The gradient of ``ticket``'s loss through the newest forward; the update."""
+        down: Message = None
+        try:
+            down = self._backward(ticket, message)
+        finally:
+            if self._taps is not None:
+                self._taps.send(ticket, down)
+        return down
+
+    def _backward(self, ticket: Ticket, message: Message) -> Message:
         newest = self._newest
         assert newest is not None, "a gradient comes after its own forward"
         kept = self.kept[newest]
@@ -124,6 +156,7 @@ class SidewaysLearner(StageLearner):
             self.straddled += 1
             return [None] * len(kept.entry) if self.site.passes_down else None
         with self._rerun(newest, kept) if not kept.outputs else nullcontext():
+            message = joined(message, self.tapped)
             if message is not None:
                 self._check_fit(ticket, newest, kept, message)
             down, grads = self.differentiate(ticket, kept, message)
@@ -138,6 +171,8 @@ class SidewaysLearner(StageLearner):
 
     def drop(self, ticket: Ticket) -> None:
         """Nothing was kept for it: the newest forward serves whichever gradient comes next."""
+        if self._taps is not None:
+            self._taps.send(ticket, None)
 
     @contextmanager
     def _rerun(self, newest: Ticket, kept: Kept) -> Iterator[None]:
@@ -148,10 +183,12 @@ class SidewaysLearner(StageLearner):
         with self.recording():
             given, kept.entry = self.boundary.enter(kept.extra)
             kept.outputs = tensors_of(self.compute(newest, kept, given))
-        yield
-        with torch.inference_mode(mode=False), torch.no_grad():  # not earlier: the graph may have saved them
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+        try:
+            yield
+        finally:  # not earlier: the graph may have saved them
+            with torch.inference_mode(mode=False), torch.no_grad():
+                for buffer, value in zip(buffers, before, strict=True):
+                    buffer.copy_(value)
 
     def _check_fit(self, ticket: Ticket, newest: Ticket, kept: Kept, message: list[torch.Tensor | None]) -> None:
         ours = [tuple(output.shape) for output in kept.outputs]

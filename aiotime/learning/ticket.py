@@ -24,6 +24,7 @@ class Ticket:
         target: for the loss; meaningless where ``learn`` is False.
         late: its target comes by `Pipeline.feedback`; until then its graphs are kept.
         place: position in its mini-batch, where that decides which replica of a stage takes it; -1: not yet decided.
+        origins: which stage made each tensor that the newest stage put out, and its position there, where it matters.
         norms, updates: per stage, where clipping is global; see `aiotime.learning.norm`.
         scene: number of scene cuts before it; gradients do not cross a cut.
         raw: the frame as it entered, where the rule asked for it.
@@ -46,6 +47,7 @@ class Ticket:
         "learn",
         "loss",
         "norms",
+        "origins",
         "owner",
         "place",
         "raw",
@@ -75,6 +77,7 @@ class Ticket:
         self.grads: list[Pending] = [Pending() for _ in range(stages + 1)] if learn else []
         self.final: Any = None
         self.norms: list[float] = []
+        self.origins: list[tuple[int, int] | None] | None = None
         self.place = -1
         self.updates: list[Pending] = []
         self.relays: dict[tuple[int, int], Pending] = {}

@@ -70,8 +70,13 @@ class _Candidate:
         return sum(end <= self.footprint.first for end in itertools.accumulate(self.partition.sizes))
 
     @property
+    def ways(self) -> int:
+        """How often a frame crosses each cut; what is short is meant for one crossing."""
+        return 1 if self.footprint is None else 2
+
+    @property
     def passes(self) -> int:
-        """How often a frame goes through each layer; what is short or small is meant for one of them."""
+        """What each layer does for a frame: forward, backward, update; what is tiny or small is meant for one."""
         return 1 if self.footprint is None else PHASES
 
     @property
@@ -261,7 +266,7 @@ def _choose(
         tried.append(_rehearsed(traced, example, devices, candidate, seconds / _REHEARSALS) if real else candidate)
     best = min(one.bottleneck for one in tried)
     tried.sort(key=lambda one: one.stages)
-    margin = SHORT_MARGIN if real and tried[0].bottleneck <= SHORT * tried[0].passes else MARGIN
+    margin = SHORT_MARGIN if real and tried[0].bottleneck <= SHORT * tried[0].ways else MARGIN
     chosen = next(one for one in tried if one.bottleneck * (1 - margin) <= best)
     return chosen, [one for one in tried if one is not chosen]
 
@@ -307,6 +312,12 @@ def _advice(
     if slower:
         closest = min(slower, key=lambda one: one.bottleneck)
         ratio = closest.bottleneck / chosen.bottleneck
+        if ratio < 1 - MARGIN:
+            return (
+                f"{taken}: {closest.stages} stages side by side take {_microseconds(closest.bottleneck)} a frame, "
+                f"{chosen.stages} {_microseconds(chosen.bottleneck)}: where frames are as short as this, hops between "
+                "threads and the GIL may cost more than the difference."
+            )
         verdict = f"{ratio:.1f} times as long as" if ratio > 1.05 else "about as long as"
         return (
             f"{taken}: {closest.stages} stages side by side take {_microseconds(closest.bottleneck)} a frame, "

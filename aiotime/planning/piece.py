@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from aiotime.errors import ConfigurationError
 
-EXTRA = "_extra_state"
+_EXTRA = "_extra_state"
 
 
 class Bindings:
@@ -133,7 +133,7 @@ class Piece:
             if id(old) not in taken:
                 taken[id(old)] = like(old, new.detach().to(device=old.device, dtype=old.dtype, copy=True))
         for key, slot in self.keys.items():
-            if slot.rpartition(".")[2] == EXTRA:
+            if slot.rpartition(".")[2] == _EXTRA:
                 self.module.get_submodule(slot.rpartition(".")[0]).set_extra_state(state[key])
         for module, name, tensor in present.values():
             if id(tensor) in taken:

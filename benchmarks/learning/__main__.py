@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -62,19 +63,14 @@ def run_accuracy(arguments: argparse.Namespace) -> None:
             seeds=(0, 1),
             rounds=(Round(2, 40),),
             near=(Round(2, 40),),
-            streams=("digits", "digits-smooth", "digits-replay"),
+            streams=("digits", "digits-smooth"),
             rows=tuple(BY_NAME[name] for name in names),
             stages=(2, 4),
         )
     elif arguments.streams:
         sizes = accuracy.Sizes(scale=arguments.scale, streams=tuple(arguments.streams))
     missing = [name for name in sizes.streams if name in RIVER and importlib.util.find_spec("river") is None]
-    sizes = accuracy.Sizes(
-        **{
-            **{field: getattr(sizes, field) for field in sizes.__slots__},
-            "streams": tuple(name for name in sizes.streams if name not in missing),
-        }
-    )
+    sizes = replace(sizes, streams=tuple(name for name in sizes.streams if name not in missing))
     report = Report(
         __file__,
         question=f"{question} Accuracy.",
@@ -92,12 +88,13 @@ def run_correlation(arguments: argparse.Namespace) -> None:
     """Scenes of 1 to 32 frames."""
     sizes = correlation.Sizes()
     if arguments.quick:
-        sizes = correlation.Sizes(lengths=(1, 8), frames=60, tuning=30, settings=1, seeds=(0, 1))
+        sizes = correlation.Sizes(lengths=(1, 8), frames=50, settings=1, seeds=(0, 1))
     report = Report(
         __file__,
         question=f"{question} Accuracy against the stream's correlation length.",
         setup=f"{correlation.STREAM}: scenes of n frames that blend one digit into another of its class, then a cut. "
-        f"{correlation.STAGES} stages, {len(correlation.SETTINGS)} settings tried for every rule and length on other seeds.",
+        f"{correlation.STAGES} stages, {len(correlation.SETTINGS)} settings tried for every rule and length on other "
+        "seeds.",
         arguments=arguments,
     )
     correlation.report_all(report, _study(arguments), sizes)
@@ -111,13 +108,13 @@ def run_speed(arguments: argparse.Namespace) -> None:
     report = Report(
         __file__,
         question=f"{question} Speed.",
-        setup=f"{rounds} rounds in turns, medians. aiotime: 2 CPU streams with 1 intra-op thread each, stashed weights, "
-        "measured while the stream goes on.",
+        setup=f"{rounds} rounds in turns, medians. aiotime: 2 CPU streams with 1 intra-op thread each, stashed "
+        "weights, measured while the stream goes on.",
         arguments=arguments,
     )
     if quick:
-        speed.real(report, layers=6, side=12, number=3, rounds=rounds)
-        speed.simulated(report, devices=(2, 8), frames=40)
+        speed.real(report, layers=6, side=8, number=3, rounds=rounds)
+        speed.simulated(report, devices=(8,), frames=16)
     else:
         speed.real(report, layers=30, side=64, number=16, rounds=rounds)
         speed.simulated(report, devices=(2, 4, 8), frames=1_000)
@@ -130,8 +127,8 @@ def run_memory(arguments: argparse.Namespace) -> None:
     report = Report(
         __file__,
         question=f"{question} Memory.",
-        setup=f"{memory.STAGES} stages of two layers ({width} wide, ReLU), frames of {rows} rows, float32, SGD. Saved in "
-        "graphs: storages that autograd holds for backwards to come, each counted once, the newest weights left out.",
+        setup=f"{memory.STAGES} stages of two layers ({width} wide, ReLU), frames of {rows} rows, float32, SGD. Saved "
+        "in graphs: storages that autograd holds for backwards to come, each counted once, without the newest weights.",
         arguments=arguments,
     )
     memory.report_all(report, width=width, rows=rows, frames=frames)

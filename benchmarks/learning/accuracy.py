@@ -21,7 +21,14 @@ WITHIN, AT_CHANCE = 0.5, 15.0  # points, per cent
 CLOSED = {4: 95.0, 8: 90.0}  # per cent of the gap, by stages
 NOTICEABLE = 0.01  # a gap below this is not divided by
 CURVES = (EXACT, RECOMMENDED, "delayed 1f1b, predicted", "delayed 1f1b", "delayed lockstep", SIDEWAYS)
-DELAYED = (RECOMMENDED, "delayed 1f1b, predicted", "delayed 1f1b, current", "delayed 1f1b", "delayed lockstep", SIDEWAYS)
+DELAYED = (
+    RECOMMENDED,
+    "delayed 1f1b, predicted",
+    "delayed 1f1b, current",
+    "delayed 1f1b",
+    "delayed lockstep",
+    SIDEWAYS,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,9 +214,7 @@ def _draw(report: Report, found: Found, sizes: Sizes) -> None:
         if stream not in sizes.streams:
             continue
         curves = {name: found[stream, name, 4][1].curve for name in CURVES if (stream, name, 4) in found}
-        pictures.curves(
-            path.with_name(f"{path.stem}-{stream}.png"), curves, title=f"{stream}, 4 stages", block=BLOCK
-        )
+        pictures.curves(path.with_name(f"{path.stem}-{stream}.png"), curves, title=f"{stream}, 4 stages", block=BLOCK)
     pictures.against_delay(
         path.with_name(f"{path.stem}-delay.png"),
         {

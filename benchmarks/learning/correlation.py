@@ -15,7 +15,12 @@ from benchmarks.learning.tuning import Round, Setting, stages_of, tune
 
 STREAM, STAGES = "digits-smooth", 4
 RULES = (EXACT, RECOMMENDED, "local heads", "delayed 1f1b, predicted", "delayed 1f1b", "delayed lockstep", SIDEWAYS)
-SETTINGS = (Setting("RMSprop", 3e-4, 0), Setting("RMSprop", 1e-3, 0), Setting("RMSprop", 1e-4, 0), Setting("SGD", 1e-2, 0))
+SETTINGS = (
+    Setting("RMSprop", 3e-4, 0),
+    Setting("RMSprop", 1e-3, 0),
+    Setting("RMSprop", 1e-4, 0),
+    Setting("SGD", 1e-2, 0),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ PerStage = Callable[[int], int]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A rule, and what it keeps at stage k of S by its definition: graphs, and versions of the weights."""
+    """A rule, and what it keeps between jobs at stage k of S by its definition: graphs, and versions of the weights."""
 
     name: str
     make: Callable[..., Rule]
@@ -43,20 +43,31 @@ def _behind(k: int) -> int:
     return STAGES - 1 - k
 
 
+_STRICT = partial(Delayed, order="1f1b")
+
+
 KINDS = (
     Kind("exact", Exact, lambda k: 1, lambda k: 1),
-    Kind("synchronous, 4 micro-batches, gpipe", partial(Synchronous, micro_batches=4, schedule="gpipe"), lambda k: 4, lambda k: 1),
-    Kind("synchronous, 4 micro-batches, 1f1b", partial(Synchronous, micro_batches=4), lambda k: min(STAGES - k, 4), lambda k: 1),
+    Kind("synchronous, 4 micro-batches, gpipe", partial(Synchronous, micro_batches=4, schedule="gpipe"),
+         lambda k: 4, lambda k: 1),
+    Kind("synchronous, 4 micro-batches, 1f1b", partial(Synchronous, micro_batches=4),
+         lambda k: min(STAGES - k, 4), lambda k: 1),
     Kind("Sideways", Sideways, lambda k: 1, lambda k: 1),
-    Kind("delayed lockstep, stashed", partial(Delayed, order="lockstep"), lambda k: 2 * _behind(k) + 1, lambda k: 2 * _behind(k) + 1),
-    Kind("delayed lockstep, current", partial(Delayed, order="lockstep", weights="current"), lambda k: 2 * _behind(k) + 1, lambda k: 1),
-    Kind("delayed 1f1b, stashed", partial(Delayed, order="1f1b"), lambda k: _behind(k) + 1, lambda k: _behind(k) + 1),
-    Kind("delayed 1f1b, current", partial(Delayed, order="1f1b", weights="current"), lambda k: _behind(k) + 1, lambda k: 1),
-    Kind("delayed 1f1b, 2BW", partial(Delayed, order="1f1b", weights="double-buffered", update_every=STAGES), lambda k: _behind(k) + 1, lambda k: 2),
-    Kind("delayed 1f1b, recompute", partial(Delayed, order="1f1b", recompute=True), lambda k: 0, lambda k: _behind(k) + 1),
+    Kind("delayed lockstep, stashed", partial(Delayed, order="lockstep"),
+         lambda k: 2 * _behind(k) + 1, lambda k: 2 * _behind(k) + 1),
+    Kind("delayed lockstep, current", partial(Delayed, order="lockstep", weights="current"),
+         lambda k: 2 * _behind(k) + 1, lambda k: 1),
+    Kind("delayed 1f1b, stashed", _STRICT, lambda k: _behind(k) + 1, lambda k: _behind(k) + 1),
+    Kind("delayed 1f1b, current", partial(_STRICT, weights="current"), lambda k: _behind(k) + 1, lambda k: 1),
+    Kind("delayed 1f1b, 2BW", partial(_STRICT, weights="double-buffered", update_every=STAGES),
+         lambda k: _behind(k) + 1, lambda k: 2),
+    Kind("delayed 1f1b, recompute", partial(_STRICT, recompute=True),
+         lambda k: int(k == STAGES - 1), lambda k: _behind(k) + 1),
+    Kind("delayed 1f1b + local heads", partial(_STRICT, local=1.0), lambda k: _behind(k) + 1, lambda k: _behind(k) + 1),
     Kind("local heads", partial(Local, order="1f1b"), lambda k: 1, lambda k: 1),
-    Kind("interlocking, n = 2", partial(Interlocking, 2, order="1f1b"), lambda k: min(1, _behind(k)) + 1, lambda k: min(1, _behind(k)) + 1),
-    Kind("penalty, AuxNets", partial(Penalty, beta=1.0, start="aux", order="1f1b"), lambda k: 1, lambda k: 1),
+    Kind("interlocking, n = 2", partial(Interlocking, 2, order="1f1b"),
+         lambda k: min(1, _behind(k)) + 1, lambda k: min(1, _behind(k)) + 1),
+    Kind("penalty, AuxNets", partial(Penalty, beta=1.0, start="aux", order="1f1b"), lambda k: int(k == 0), lambda k: 1),
 )  # fmt: skip
 
 
@@ -117,7 +128,7 @@ class Peak:
             kept = list(learner.kept.values())
             used = {one.weights[0].untyped_storage().data_ptr() for one in kept if one.weights}
             first = learner.weights.masters[0].untyped_storage().data_ptr()
-            with_graph = sum(any(out.grad_fn is not None for out in one.outputs) or one.loss is not None for one in kept)
+            with_graph = sum(one.loss is not None or any(y.grad_fn is not None for y in one.outputs) for one in kept)
             self.graphs[k] = max(self.graphs[k], with_graph)
             self.versions[k] = max(self.versions[k], len(used | {first}))
         self.saved = max(self.saved, ledger.total(newest))
@@ -132,9 +143,7 @@ def _mlp(width: int) -> nn.Sequential:
 async def _watch(kind: Kind, *, width: int, rows: int, frames: int) -> Peak:
     x = torch.rand(rows, width)
     rule = kind.make(loss=nn.functional.mse_loss, optimizer=SGD, idle=None)
-    pipeline = aiotime.Pipeline(
-        _mlp(width), example=x, devices=["inline"] * STAGES, balance=[4] * STAGES, learner=rule
-    )
+    pipeline = aiotime.Pipeline(_mlp(width), example=x, devices=["inline"] * STAGES, balance=[4] * STAGES, learner=rule)
     learners: list[Any] = [spec.hands for spec in pipeline._specs]
     peak, ledger = Peak(), Ledger()
     for learner in learners:

@@ -77,6 +77,7 @@ class MemberLinear(nn.Module):
         self.rectify = rectify
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """All members at once."""
         y = torch.baddbmm(self.bias, x, self.weight)
         return y.relu() if self.rectify else y
 
@@ -104,9 +105,8 @@ class MemberConv(nn.Module):
         self.members, self.padding, self.stride, self.rectify = len(seeds), size // 2, stride, rectify
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = functional.conv2d(
-            x, self.weight, self.bias, stride=self.stride, padding=self.padding, groups=self.members
-        )
+        """All members at once, as groups."""
+        y = functional.conv2d(x, self.weight, self.bias, stride=self.stride, padding=self.padding, groups=self.members)
         return y.relu() if self.rectify else y
 
 
@@ -118,6 +118,7 @@ class Pooled(nn.Module):
         self.members = members
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Averages of the four quarters."""
         return functional.adaptive_avg_pool2d(x, 2).reshape(self.members, 1, -1)
 
 
@@ -129,6 +130,7 @@ class Resized(nn.Module):
         self.size = size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """To the given size."""
         return functional.adaptive_avg_pool2d(x, self.size)
 
 
@@ -137,10 +139,7 @@ def network(task: Task, seeds: Sequence[int]) -> nn.Sequential:
     if len(task.inputs) == 1:
         sizes = [task.inputs[0], *[WIDTH] * (LAYERS - 1), task.outputs[0]]
         return nn.Sequential(
-            *(
-                MemberLinear(sizes[at], sizes[at + 1], seeds, place=at, rectify=at < LAYERS - 1)
-                for at in range(LAYERS)
-            )
+            *(MemberLinear(sizes[at], sizes[at + 1], seeds, place=at, rectify=at < LAYERS - 1) for at in range(LAYERS))
         )
     dense = len(task.outputs) == 3
     layers: list[nn.Module] = [

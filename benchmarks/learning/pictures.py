@@ -38,9 +38,7 @@ def curves(path: Path, by_rule: Mapping[str, Sequence[float]], *, title: str, bl
     _save(figure, path)
 
 
-def against_delay(
-    path: Path, by_stream: Mapping[str, Mapping[str, Points]], *, exact: Mapping[str, float]
-) -> None:
+def against_delay(path: Path, by_stream: Mapping[str, Mapping[str, Points]], *, exact: Mapping[str, float]) -> None:
     """Accuracy against the updates that the first stage's weights lack; every rule over 2, 4 and 8 stages."""
     figure, all_axes = _axes(max(1, len(by_stream)))
     for axes, (stream, by_rule) in zip(all_axes, by_stream.items(), strict=False):

@@ -110,7 +110,7 @@ OPTIMIZERS: dict[str, Callable[[float], Optimizer]] = {
     "momentum": lambda rate: partial(torch.optim.SGD, lr=rate, momentum=0.9),
     "Adam": lambda rate: partial(torch.optim.Adam, lr=rate, fused=True),
     "RMSprop": lambda rate: partial(torch.optim.RMSprop, lr=rate),
-    "NAdam": lambda rate: asynchronous_nesterov(rate),
+    "NAdam": asynchronous_nesterov,
 }
 
 PAIRS: tuple[tuple[str, float], ...] = (  # the more promising first

@@ -159,9 +159,7 @@ def simulated(report: Report, *, devices: Sequence[int], frames: int) -> None:
     for name, speeds in cases:
         alone = frames * sum(speeds) * (FORWARD + BACKWARD)  # one device does everything
         spent = {order: run_on(LOOPS[0], _virtual(speeds, order, frames)) for order in ORDERS}
-        rows.append(
-            [name, sum(speeds) / max(speeds), *(alone / spent[order] for order in ORDERS)]
-        )
+        rows.append([name, sum(speeds) / max(speeds), *(alone / spent[order] for order in ORDERS)])
         if len(speeds) in VIRTUAL and name.endswith("equal"):
             report.target(
                 f"{name} simulated stages: times one device, event", alone / spent["event"], VIRTUAL[len(speeds)],

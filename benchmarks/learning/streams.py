@@ -7,8 +7,8 @@
     video-place      a window pans over two photographs: which photograph, which quadrant?
     video-next       the same: what does the next frame show?
 
-Members (seeds) run side by side, see `benchmarks.learning.nets`. Streams with an order of their own are the same for all
-members, whose first weights differ; the others differ in everything. Scene cuts fall on the same frames for all.
+Members (seeds) run side by side, see `benchmarks.learning.nets`. Streams with an order of their own are the same for
+all members, whose first weights differ; the others differ in everything. Scene cuts fall on the same frames for all.
 """
 
 from __future__ import annotations

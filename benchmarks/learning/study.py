@@ -28,7 +28,11 @@ class Study:
     def __init__(self, *, processes: int, cache: Path | None = None) -> None:
         self._processes = processes
         self._cache = cache
-        self._known: dict[Trial, Outcome] = dict(read(cache)) if cache is not None and cache.exists() else {}
+        self._known: dict[Trial, Outcome] = {}
+        if cache is not None and cache.exists():
+            self._known.update(read(cache))
+            if not cache.read_text().endswith("\n"):
+                cache.write_text(cache.read_text() + "\n")  # whoever wrote last was interrupted
         self.ran = 0
         self.seconds = 0.0  # of runs, in this process and others
 

@@ -2,15 +2,16 @@
 
     all trials of a rule, few frames ──▶ the best three, more frames ──▶ the best one
 
-A trial is as good as its mean score over the second half of its run. No run is longer than the first half of the stream that the
-tables are made of, and it is the second half that they count: so also where a stream has an order of its own, nothing of what is
-counted was seen.
+A trial is as good as its mean score over the second half of its run. No run is longer than the first half of the
+stream that the tables are made of, and it is the second half that they count: so also where a stream has an order of
+its own, nothing of what is counted was seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from statistics import fmean
 
 from benchmarks.learning.rules import EXACT, Row
@@ -79,12 +80,16 @@ def tune(
         }
         outcomes = study.run(trials.values(), what=f"{what}, round {number} of {len(rounds)}")
 
-        def worth(row: Row, setting: Setting, trials: Mapping = trials, outcomes: Mapping = outcomes) -> float:
-            trial = trials.get((row, setting))
-            return 0.0 if trial is None else mean(outcomes[trial])
-
+        worth = {key: mean(outcomes[trial]) for key, trial in trials.items()}
         left = {
-            row: sorted(settings, key=lambda setting, row=row: -worth(row, setting))  # type: ignore[misc]
+            row: [
+                setting
+                for _, setting in sorted(
+                    ((worth.get((row, setting), 0.0), setting) for setting in settings),
+                    key=itemgetter(0),
+                    reverse=True,
+                )
+            ]
             for row, settings in left.items()
         }
     return {row: settings[0] for row, settings in left.items()}

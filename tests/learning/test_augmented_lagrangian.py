@@ -16,9 +16,8 @@ from aiotime.learning.augmented_lagrangian import AugmentedLagrangian
 from aiotime.learning.auxiliary import AuxiliaryLearner, AuxiliaryRule
 from aiotime.learning.order import Order
 from aiotime.learning.penalty import Penalty
-
-from .joints import Recorder, aided, build, close, follow, learn, same, swept
-from .reference import fifo, pieces, ribbon, stream
+from tests.learning.joints import Recorder, aided, build, close, follow, learn, same, swept
+from tests.learning.reference import fifo, pieces, ribbon, stream
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 STARTS = ["output", "previous", "aux"]

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -25,6 +26,9 @@ from aiotime.checkpoint import LEARNER, STATE, WEIGHTS, Checkpoint, pack, unpack
 from aiotime.errors import ClosedError, ConfigurationError
 from aiotime.learning import Delayed, Exact, Rule
 from aiotime.learning.learner import StageLearner
+
+if TYPE_CHECKING:
+    from tests.conftest import Settle
 
 FRAMES, CUT = 28, 13  # 13: with three gradients per update, one is waiting at the cut
 DEVICES = ["cpu:0", "cpu:1", "cpu:2"]
@@ -82,10 +86,15 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+def inside(folder: Path) -> list[str]:
+    """What a folder holds."""
+    return sorted(path.name for path in folder.iterdir())
+
+
 # ------------------------------------------------------------------ the continued run is the uninterrupted one
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 @pytest.mark.parametrize("rule", RULES)
 async def test_a_restored_pipeline_goes_on_as_the_first_did(rule: str, tmp_path: Path) -> None:
     """Losses and weights have the same bits: optimizer, schedule and gathered gradients are all there."""
@@ -137,10 +146,10 @@ async def test_another_process_goes_on_from_the_files(tmp_path: Path) -> None:
     assert [float.fromhex(line) for line in done.stdout.split()] == after
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 @pytest.mark.parametrize("rule", RULES)
 async def test_a_cut_through_a_running_stream_is_one_cut(rule: str, tmp_path: Path) -> None:
-    """Taken by the consumer while frames are in flight; the frames behind the cut are those the next one goes on with."""
+    """Taken by the consumer while frames are in flight; what is behind the cut is what the next one goes on with."""
     stream = samples(40)
     first = await build(RULES[rule]())
     seen: list[float | None] = []
@@ -158,7 +167,7 @@ async def test_a_cut_through_a_running_stream_is_one_cut(rule: str, tmp_path: Pa
     assert same(second.state_dict(), end)
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 async def test_buffers_and_random_numbers_come_back(tmp_path: Path) -> None:
     """Batch norm's statistics are weights; with ``rng=True`` dropout draws what it would have drawn."""
     stream = samples(rows=4)
@@ -168,8 +177,7 @@ async def test_buffers_and_random_numbers_come_back(tmp_path: Path) -> None:
         return nn.Sequential(inner[0], nn.BatchNorm1d(8), nn.Dropout(0.5), inner[4])
 
     with pytest.warns(UserWarning, match="BatchNorm1d"):
-        first = await build(RULES["exact"](), model=model(), balance=[2, 2], rows=4)
-        second = await build(RULES["exact"](), model=model(), balance=[2, 2], rows=4)
+        first, second = [await build(RULES["exact"](), model=model(), balance=[2, 2], rows=4) for _ in range(2)]
     with torch.random.fork_rng(devices=[]):
         async with first:
             await losses(first, stream[:CUT])
@@ -181,7 +189,7 @@ async def test_buffers_and_random_numbers_come_back(tmp_path: Path) -> None:
     assert same(first.state_dict(), second.state_dict())
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 async def test_stages_made_by_hand_are_kept_too(tmp_path: Path) -> None:
     """Under "stage.key"; a function between two modules has nothing to keep."""
 
@@ -229,7 +237,7 @@ async def test_concurrent_runs_see_no_more_than_a_pause(tmp_path: Path) -> None:
     assert pipeline.stats().frames_out == 2 * FRAMES
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 async def test_a_pipeline_that_does_not_learn_keeps_weights_and_position(tmp_path: Path) -> None:
     """Nothing of a learner is written, and nothing of one is asked for."""
     pipeline = await build(None)
@@ -246,7 +254,7 @@ def _sizes(module: nn.Module) -> tuple[int, ...]:
     return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else ()
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 async def test_frames_are_counted_over_openings_and_checkpoints(tmp_path: Path) -> None:
     """Three openings, then a restored pipeline that is opened twice."""
     pipeline = await build(RULES["exact"]())
@@ -274,7 +282,10 @@ def two_groups(named: Any) -> list[dict[str, Any]]:
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "rule": ({"rule": lambda: Exact(loss=cross_entropy, optimizer=MOMENTUM)}, "rule is Delayed, this pipeline's is Exact"),
+    "rule": (
+        {"rule": lambda: Exact(loss=cross_entropy, optimizer=MOMENTUM)},
+        "rule is Delayed, this pipeline's is Exact",
+    ),
     "no rule": ({"rule": lambda: None}, "rule is Delayed, this pipeline's is none"),
     "cut": ({"balance": [1, 2, 2]}, r"layers .*, these have \[1, 2, 2\]"),
     "stages": ({"balance": [3, 2]}, r"layers .*, these have \[3, 2\]"),
@@ -315,7 +326,7 @@ async def test_a_checkpoint_that_does_not_fit_is_refused(what: str, tmp_path: Pa
     assert same(other.state_dict(), before)
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 @pytest.mark.parametrize("what", ["rule", "no rule", "cut", "stages", "optimizer"])
 async def test_its_weights_alone_are_taken_by_any_cut(what: str, tmp_path: Path) -> None:
     """``weights_only=True`` leaves optimizer and position as they are."""
@@ -361,7 +372,7 @@ async def test_a_stage_that_refuses_its_state_undoes_the_others(
 
 @pytest.mark.asyncio
 async def test_closing_in_the_middle_of_a_restore_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settle: Settle
 ) -> None:
     """A stage that was done already gets its old weights back; the caller is told that the pipeline closed."""
     pipeline = await build(RULES["exact"]())
@@ -383,7 +394,7 @@ async def test_closing_in_the_middle_of_a_restore_changes_nothing(
         restoring = asyncio.ensure_future(pipeline.restore(tmp_path / "c"))
         await entered.wait()
         closing = asyncio.ensure_future(pipeline.aclose())
-        await asyncio.sleep(0)
+        await settle(until=lambda: pipeline._closing is not None and pipeline._closing.error is not None)
         gate.set()
         await closing
         with pytest.raises(ClosedError):
@@ -394,11 +405,9 @@ async def test_closing_in_the_middle_of_a_restore_changes_nothing(
 # ------------------------------------------------------------------ files
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 async def test_the_folder_holds_three_plain_files(tmp_path: Path) -> None:
     """Two of tensors and one of JSON; weights under the model's own keys, which any reader of safetensors finds."""
-    from safetensors.torch import load_file
-
     pipeline = await build(RULES["exact"]())
     await losses(pipeline, samples(3))
     await pipeline.checkpoint(tmp_path / "deep" / "c")
@@ -410,7 +419,7 @@ async def test_the_folder_holds_three_plain_files(tmp_path: Path) -> None:
     assert (state["schema"], state["versions"]["aiotime"]) == (1, aiotime.__version__)
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 @pytest.mark.parametrize("at", [0, 1])
 async def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(
     at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -421,7 +430,7 @@ async def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(
     await pipeline.checkpoint(tmp_path / "c")
     before = pipeline.state_dict()
     await losses(pipeline, samples(3))
-    save, calls = checkpoint.save_file, []
+    save, calls = save_file, []
 
     def full(*args: Any, **kwargs: Any) -> None:
         calls.append(args)
@@ -432,7 +441,7 @@ async def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(ConfigurationError, match="no space left"):
         await pipeline.checkpoint(tmp_path / "c")
-    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert inside(tmp_path) == ["c"]
     assert same(dict((await asyncio.to_thread(Checkpoint.read, tmp_path / "c")).weights), before)
 
 
@@ -487,13 +496,13 @@ def test_a_damaged_one_is_refused(spoil: Callable[[Path], Any], says: str, tmp_p
         Checkpoint.read(tmp_path / "c")
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 async def test_a_position_that_is_no_plain_value_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     """The message names what it is."""
     pipeline = await build(RULES["exact"]())
     with pytest.raises(ConfigurationError, match=r"position\['file'\] is a PosixPath|position\['file'\] is a Windows"):
         await pipeline.checkpoint(tmp_path / "c", position={"file": tmp_path})
-    assert not list(tmp_path.iterdir())
+    assert not inside(tmp_path)
     async with pipeline:  # and the door is open again
         assert await losses(pipeline, samples(2))
 
@@ -530,9 +539,9 @@ PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_si
 KEYS = st.text(max_size=3) | st.integers() | st.sampled_from(["$tensor", "$dict", "a.b", "1"])
 VALUES = st.recursive(
     PLAIN | TENSORS,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.lists(inner, max_size=3).map(tuple)
-    | st.dictionaries(KEYS, inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple) | st.dictionaries(KEYS, inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -542,9 +551,16 @@ def equal(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.isnan(), other.isnan()) and (
-            torch.equal(one.nan_to_num() if one.is_floating_point() else one,
-                        other.nan_to_num() if other.is_floating_point() else other)
+        return (
+            one.dtype == other.dtype
+            and one.shape == other.shape
+            and torch.equal(one.isnan(), other.isnan())
+            and (
+                torch.equal(
+                    one.nan_to_num() if one.is_floating_point() else one,
+                    other.nan_to_num() if other.is_floating_point() else other,
+                )
+            )
         )
     if isinstance(one, dict):
         return list(one) == list(other) and all(equal(one[key], other[key]) for key in one)

@@ -171,6 +171,24 @@ async def test_drained_loaded_and_opened_again() -> None:
 
 
 @pytest.mark.asyncio(loop_factories=["asyncio"])
+async def test_optimizer_state_is_each_replicas_own() -> None:
+    """Across drains and openings, and from a checkpoint on, the optimizer goes on as on one device."""
+    xs, ys = stream(19)
+    parts = [slice(0, 4), slice(4, 7), slice(7, 15), slice(15, 19)]
+    pipeline = await opened(chimera(4, ADAM), 2)
+    predictions = await run(pipeline, labelled(xs[parts[0]], ys[parts[0]]))
+    async with asyncio.timeout(20), pipeline:
+        for part in parts[1:]:
+            predictions += await asyncio.gather(*(pipeline.submit(sample) for sample in labelled(xs[part], ys[part])))
+            await pipeline.drain()
+            pipeline.resume()
+        check(pipeline, predictions, batches(2, xs, ys, [4, 3, 4, 4, 4], ADAM))
+        lessons = [stage.learning for stage in pipeline.stats().stages]
+        assert [(each.frames, each.updates) for each in lessons if each is not None] == [(19, 5)] * 2
+        assert lessons[0] is not None and dict(lessons[0].delays) == {0: 4, 1: 4, 2: 4, 3: 3}  # since it was opened
+
+
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 async def test_stages_by_hand_and_modules_with_buffers() -> None:
     """Stages made of modules have replicas too; running statistics are each replica's own, never the user's model's."""
     norm = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4), nn.Tanh())

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 from torch import nn
+from torch.nn import functional
 
 import aiotime
 from aiotime.errors import ConfigurationError
@@ -30,7 +30,6 @@ from aiotime.learning.corrections import (
 from aiotime.learning.learner import Site
 from aiotime.learning.order import Order
 from aiotime.learning.ticket import Ticket
-
 from tests.learning.reference import fifo, pieces, ribbon, stream
 
 PATIENCE = 20.0
@@ -67,7 +66,8 @@ async def corrected(
 def queued(optimizer: Any, frames: Any, targets: Any, **hooks: Any) -> Found:
     """The sequential reference with the equations of a correction hooked in."""
     delays = hooks.pop("delays", [STAGES - 1 - k for k in range(STAGES)])
-    return fifo(pieces(ribbon(2 * STAGES), BALANCE), frames, targets, functional.cross_entropy, optimizer, delays, **hooks)
+    parts = pieces(ribbon(2 * STAGES), BALANCE)
+    return fifo(parts, frames, targets, functional.cross_entropy, optimizer, delays, **hooks)
 
 
 def close(found: Found, expected: Found) -> None:
@@ -178,7 +178,7 @@ async def test_prediction_and_spike_compensation_together() -> None:
 
 
 def lead(optimizer: Any, correction: Correction, delay: int) -> tuple[Any, list[torch.Tensor], list[torch.Tensor]]:
-    """A stage after three updates: (hands, weights before the last one, what a forward ``delay`` updates late reads)."""
+    """A stage after three updates: (hands, weights before the last one, what a forward with ``delay`` reads)."""
     torch.manual_seed(1)
     model = nn.Linear(4, 3)
     rule = Delayed(loss=functional.cross_entropy, optimizer=optimizer, corrections=[correction])

@@ -110,14 +110,13 @@ async def test_callers_late_targets_and_runs_wait_until_it_is_left(settle: Settl
                 group.create_task(pipeline.submit(Sample(x, y))),
                 group.create_task(pipeline.feedback("k", y)),
                 group.create_task(learn(pipeline, samples(3))),
-                group.create_task(pipeline.drain()),
             ]
             await settle()
-            assert not any(task.done() for task in tasks[:3])
-            assert not tasks[3].done()  # a request waits, and it is to be answered
-        await asyncio.wait(tasks[:2])
-        await asyncio.wait(tasks[2:])
-    assert [stage.learning.frames for stage in pipeline.stats().stages if stage.learning][0] >= 2
+            draining = group.create_task(pipeline.drain())  # it has to answer the request that waits
+            await settle()
+            assert not any(task.done() for task in [*tasks[:2], draining])
+        await asyncio.wait([*tasks, draining])
+    assert all(stage.learning and stage.learning.frames >= 2 for stage in pipeline.stats().stages)
 
 
 @pytest.mark.asyncio
@@ -233,7 +232,8 @@ async def test_stages_made_by_hand_come_as_one_module() -> None:
     plain = await asyncio.to_thread(lambda: Pipeline.from_stages([Stage(nn.Linear(6, 8)), torch.tanh]))
     async with asyncio.timeout(20), plain.frozen() as model:
         answer = model(x)
-    assert torch.equal([prediction.output async for prediction in plain.run([x])][0], answer)
+    [prediction] = [prediction async for prediction in plain.run([x])]
+    assert torch.equal(prediction.output, answer)
 
 
 @pytest.mark.asyncio

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 import aiotime
 from aiotime.errors import ConfigurationError
@@ -118,7 +118,7 @@ def test_a_head_has_the_precision_of_its_cut() -> None:
 def test_what_the_user_hands_in_is_checked() -> None:
     """``head=`` must be a callable that returns a module, and the module it returns stays the user's."""
     with pytest.raises(ConfigurationError, match="head must be a callable"):
-        Local(loss=F.cross_entropy, optimizer=SGD, head=nn.Linear(2, 2).weight)  # type: ignore[arg-type]
+        Local(loss=functional.cross_entropy, optimizer=SGD, head=nn.Linear(2, 2).weight)  # type: ignore[arg-type]
     site = Site(0, 2, "encoder", lambda x: x, [])
     with pytest.raises(ConfigurationError, match=r"'encoder': head\(\.\.\.\) returned a int"):
         Heads(lambda k, cut, output: 3).make(site, None, None)  # type: ignore[arg-type, return-value]
@@ -131,7 +131,7 @@ def test_what_the_user_hands_in_is_checked() -> None:
 def test_a_stage_without_an_example_is_refused_where_nothing_can_wait() -> None:
     """Where the first frame's output could not be waited for, a default head needs an example."""
     site = Site(0, 2, "encoder", lambda x: x, [])
-    rule = Local(loss=F.cross_entropy, optimizer=SGD)
+    rule = Local(loss=functional.cross_entropy, optimizer=SGD)
     with pytest.raises(ConfigurationError, match=r"'encoder': no example .* Pipeline\(model, example=\.\.\.\)"):
         Headed(site, rule, heads=Heads(), waits=False)
 
@@ -147,7 +147,7 @@ async def test_heads_are_in_checkpoints_and_not_in_the_model() -> None:
     xs, ys = stream(12)
 
     def build() -> aiotime.Pipeline:
-        rule = Local(loss=F.cross_entropy, optimizer=partial(torch.optim.Adam, lr=0.01))
+        rule = Local(loss=functional.cross_entropy, optimizer=partial(torch.optim.Adam, lr=0.01))
         return aiotime.Pipeline(ribbon(3), example=xs[0], devices=["inline"] * 3, balance=[2, 2, 2], learner=rule)
 
     first = await asyncio.to_thread(build)
@@ -189,7 +189,7 @@ async def test_a_head_of_the_users_own() -> None:
         frozen.requires_grad_(False)
         return nn.Sequential(frozen, nn.BatchNorm1d(8, track_running_stats=True).eval(), nn.Linear(8, 4))
 
-    rule = Local(loss=F.cross_entropy, optimizer=SGD, head=head, param_groups=by_name)
+    rule = Local(loss=functional.cross_entropy, optimizer=SGD, head=head, param_groups=by_name)
     pipeline = await asyncio.to_thread(
         partial(aiotime.Pipeline, ribbon(2), example=xs[0], devices=["inline"] * 2, balance=[2, 2], learner=rule)
     )

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 import aiotime
 from aiotime import LATER, Sample
@@ -68,7 +68,7 @@ def samples_of(frames: int) -> list[Sample]:
 async def test_with_all_stages_it_is_back_propagation(stages: int, more: int) -> None:
     """With n >= S no head is made, and losses and weights have the bits of `Delayed` in the same order."""
     samples = samples_of(20)
-    settings: dict[str, Any] = {"loss": F.cross_entropy, "optimizer": ADAM, "order": "1f1b"}
+    settings: dict[str, Any] = {"loss": functional.cross_entropy, "optimizer": ADAM, "order": "1f1b"}
     devices = [f"cpu:{k}" for k in range(stages)]
     found, state = await learn(Interlocking(stages + more, **settings), stages, devices, samples)
     expected, other = await learn(Delayed(**settings), stages, devices, samples)
@@ -80,7 +80,7 @@ async def test_with_all_stages_it_is_back_propagation(stages: int, more: int) ->
 async def test_with_one_stage_it_is_local_learning() -> None:
     """n = 1 has the bits of `Local`."""
     samples = samples_of(20)
-    settings: dict[str, Any] = {"loss": F.cross_entropy, "optimizer": ADAM, "seed": 2}
+    settings: dict[str, Any] = {"loss": functional.cross_entropy, "optimizer": ADAM, "seed": 2}
     found, state = await learn(Interlocking(1, **settings), 3, PLACES["cpu"](3), samples)
     expected, other = await learn(Local(**settings), 3, PLACES["cpu"](3), samples)
     assert [(pred.loss, pred.delay) for pred in found] == [(pred.loss, pred.delay) for pred in expected]
@@ -95,12 +95,12 @@ async def test_with_one_stage_it_is_local_learning() -> None:
 async def test_between_the_two_it_equals_a_reference(place: str, stages: int, n: int) -> None:
     """In strict order: the loss n-1 stages up, through weights of the frame's own forward, min(n-1, S-1-k) late."""
     samples = samples_of(20)
-    rule = Interlocking(n, order="1f1b", loss=F.cross_entropy, optimizer=ADAM)
+    rule = Interlocking(n, order="1f1b", loss=functional.cross_entropy, optimizer=ADAM)
     found, state = await learn(rule, stages, PLACES[place](stages), samples)
     model = ribbon(stages)
     parts = pieces(model, [2] * stages)
     xs, ys = [sample.input for sample in samples], [sample.target for sample in samples]
-    losses = windowed(parts, heads_for(parts, xs[0]), xs, ys, F.cross_entropy, ADAM, n=n)
+    losses = windowed(parts, heads_for(parts, xs[0]), xs, ys, functional.cross_entropy, ADAM, n=n)
     assert [pred.loss for pred in found] == pytest.approx(losses, abs=1e-6)
     assert found[10].delay == tuple(min(n - 1, stages - 1 - k) for k in range(stages))
     assert all(torch.allclose(state[key], value, atol=1e-6) for key, value in model.state_dict().items())
@@ -110,7 +110,7 @@ async def test_between_the_two_it_equals_a_reference(place: str, stages: int, n:
 @pytest.mark.parametrize("place", ["cpu", "shared", "simulated"])
 async def test_in_event_order_the_delay_is_at_most_that_of_the_window(place: str) -> None:
     """A backward runs as soon as its gradient is there; every stage learns from every frame."""
-    rule = Interlocking(3, loss=F.cross_entropy, optimizer=SGD)
+    rule = Interlocking(3, loss=functional.cross_entropy, optimizer=SGD)
     found, state = await learn(rule, 4, PLACES[place](4), samples_of(20))
     delays = [pred.delay for pred in found]
     assert all(d <= most for delay in delays for d, most in zip(delay or (), (2, 2, 1, 0), strict=True))
@@ -131,7 +131,7 @@ async def test_a_stage_waits_for_its_window_and_not_for_the_top(n: int, expected
             by_then.extend(learned)
         return 1000.0 if work.index == 3 else 1.0
 
-    await learn(Interlocking(n, loss=F.cross_entropy, optimizer=SGD), 4, simulated(4, takes), samples_of(8))
+    await learn(Interlocking(n, loss=functional.cross_entropy, optimizer=SGD), 4, simulated(4, takes), samples_of(8))
     assert by_then == list(range(expected))
     assert learned == list(range(8))
 
@@ -171,7 +171,11 @@ async def test_a_relay_that_fails_costs_its_frame_alone(place: str) -> None:
                 for k, (module, device) in enumerate(zip(modules, PLACES[place](4), strict=True))
             ],
             learner=Interlocking(
-                2, loss=F.cross_entropy, optimizer=SGD, order="1f1b", head=lambda k, cut, output: nn.Linear(8, 4)
+                2,
+                loss=functional.cross_entropy,
+                optimizer=SGD,
+                order="1f1b",
+                head=lambda k, cut, output: nn.Linear(8, 4),
             ),
         )
     )
@@ -193,7 +197,7 @@ async def test_a_relay_that_fails_costs_its_frame_alone(place: str) -> None:
 async def test_closing_in_the_middle_leaves_nothing() -> None:
     """A pipeline that is closed with relays under way ends, and learns again when it is opened anew."""
     samples = samples_of(30)
-    rule = Interlocking(2, loss=F.cross_entropy, optimizer=SGD)
+    rule = Interlocking(2, loss=functional.cross_entropy, optimizer=SGD)
     pipeline = await asyncio.to_thread(
         partial(
             aiotime.Pipeline,
@@ -218,12 +222,12 @@ async def test_weights_loaded_between_two_frames_are_what_is_learned_on() -> Non
     """A swap waits for the relays under way as for the backwards."""
     samples = samples_of(10)
     devices = ["cpu:0", "cpu:1", "cpu:2"]
-    rule = Interlocking(2, order="1f1b", loss=F.cross_entropy, optimizer=SGD)
+    rule = Interlocking(2, order="1f1b", loss=functional.cross_entropy, optimizer=SGD)
     fresh, _ = await learn(rule, 3, devices, samples)
     pipeline = await asyncio.to_thread(
         partial(
             aiotime.Pipeline, ribbon(3), example=samples[0].input, devices=devices, balance=[2] * 3,
-            learner=Interlocking(2, order="1f1b", loss=F.cross_entropy, optimizer=SGD),
+            learner=Interlocking(2, order="1f1b", loss=functional.cross_entropy, optimizer=SGD),
         )
     )  # fmt: skip
     heads = [spec.hands.state_dict() for spec in pipeline._specs]  # type: ignore[union-attr]
@@ -239,7 +243,7 @@ async def test_weights_loaded_between_two_frames_are_what_is_learned_on() -> Non
 @pytest.mark.asyncio
 async def test_what_cannot_work_is_refused() -> None:
     """No stages at all, an order that makes no sense, no example for default heads, late targets."""
-    settings: dict[str, Any] = {"loss": F.cross_entropy, "optimizer": SGD}
+    settings: dict[str, Any] = {"loss": functional.cross_entropy, "optimizer": SGD}
     with pytest.raises(ConfigurationError, match="from 1, not 0"):
         Interlocking(0, **settings)
     with pytest.raises(ConfigurationError, match='order must be "event" or "1f1b"'):

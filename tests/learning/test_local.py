@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 import aiotime
 from aiotime import LATER, Sample
@@ -62,7 +62,7 @@ def greedy(
         h = x
         for k, part in enumerate(parts):
             h = part(h.detach())
-            loss = F.cross_entropy(h if k == last else heads[k](h), y)
+            loss = functional.cross_entropy(h if k == last else heads[k](h), y)
             optimizers[k].zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizers[k].step()
@@ -94,7 +94,7 @@ def samples_of(xs: Sequence[torch.Tensor], ys: Sequence[Any]) -> list[Sample]:
 async def test_greedy_learning_equals_blocks_trained_one_by_one(place: str, optimizer: str) -> None:
     """Losses, weights and heads have the reference's bits on every kind of device, and no delay."""
     xs, ys = stream(24)
-    rule = Local(loss=F.cross_entropy, optimizer=OPTIMIZERS[optimizer], seed=5)
+    rule = Local(loss=functional.cross_entropy, optimizer=OPTIMIZERS[optimizer], seed=5)
     pipeline = await asyncio.to_thread(build, rule, ribbon(4), xs[0], PLACES[place](4))
     found = await learn(pipeline, samples_of(xs, ys))
     model = ribbon(4)
@@ -114,13 +114,13 @@ async def test_greedy_learning_equals_blocks_trained_one_by_one(place: str, opti
 async def test_overlapping_equals_a_reference(place: str, stages: int) -> None:
     """In strict order: the gradients of a stage's own loss and of the next one's, the latter one update late."""
     xs, ys = stream(24)
-    rule = Local(overlapping=True, order="1f1b", loss=F.cross_entropy, optimizer=OPTIMIZERS["adam"])
+    rule = Local(overlapping=True, order="1f1b", loss=functional.cross_entropy, optimizer=OPTIMIZERS["adam"])
     pipeline = await asyncio.to_thread(build, rule, ribbon(stages), xs[0], PLACES[place](stages))
     found = await learn(pipeline, samples_of(xs, ys))
     model = ribbon(stages)
     parts = pieces(model, [2] * stages)
     losses = windowed(
-        parts, heads_for(parts, xs[0]), xs, ys, F.cross_entropy, OPTIMIZERS["adam"], n=2, own=True
+        parts, heads_for(parts, xs[0]), xs, ys, functional.cross_entropy, OPTIMIZERS["adam"], n=2, own=True
     )  # fmt: skip
     assert [pred.loss for pred in found] == pytest.approx(losses, abs=1e-6)
     assert found[12].delay == (1,) * (stages - 1) + (0,)
@@ -133,7 +133,7 @@ async def test_overlapping_equals_a_reference(place: str, stages: int) -> None:
 async def test_one_stage_is_plain_training(overlapping: bool) -> None:
     """With S = 1 there is the model's loss alone, and the bits are those of torch."""
     xs, ys = stream(20)
-    rule = Local(overlapping=overlapping, loss=F.cross_entropy, optimizer=OPTIMIZERS["momentum"])
+    rule = Local(overlapping=overlapping, loss=functional.cross_entropy, optimizer=OPTIMIZERS["momentum"])
     pipeline = await asyncio.to_thread(build, rule, ribbon(1), xs[0], ["cpu:0"])
     found = await learn(pipeline, samples_of(xs, ys))
     model = ribbon(1)
@@ -147,18 +147,22 @@ async def test_stages_learn_at_the_same_time() -> None:
     xs, ys = stream(20)
     clock = VirtualClock()
     devices = [SimulatedDevice(k, seconds=1.0, clock=clock) for k in range(4)]
-    rule = Local(loss=F.cross_entropy, optimizer=SGD)
+    rule = Local(loss=functional.cross_entropy, optimizer=SGD)
     pipeline = await asyncio.to_thread(build, rule, ribbon(4), xs[0], devices)
     await learn(pipeline, samples_of(xs, ys))
     assert clock.now() <= 2 * 20 + 4 + 1
 
 
 @pytest.mark.asyncio
-async def test_targets_may_come_late_and_in_any_order() -> None:
-    """With the targets of all frames given after their forwards, every stage learns from each at once."""
+@pytest.mark.parametrize("place", ["cpu", "slow top"])
+async def test_targets_may_come_late_and_in_any_order(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With targets given after their forwards, every stage learns from each at once, and all have when that is told."""
+    monkeypatch.setattr("aiotime.devices.worker.ORPHAN_CHECK", 60.0)  # a worker that nobody woke shall not wake
+    clock = VirtualClock()
+    slow = [SimulatedDevice(k, seconds=10.0**k, clock=clock) for k in range(3)]
     xs, ys = stream(6)
-    rule = Local(loss=F.cross_entropy, optimizer=SGD)
-    pipeline = await asyncio.to_thread(build, rule, ribbon(3), xs[0], ["cpu:0", "cpu:1", "cpu:2"])
+    rule = Local(loss=functional.cross_entropy, optimizer=SGD)
+    pipeline = await asyncio.to_thread(build, rule, ribbon(3), xs[0], slow if place == "slow top" else PLACES[place](3))
     async with asyncio.timeout(20), pipeline:
         for key, x in enumerate(xs):
             assert (await pipeline.submit(Sample(x, target=LATER, key=key))).loss is None
@@ -188,7 +192,7 @@ def parts_of(model: nn.Sequential, stages: int, devices: Sequence[Any]) -> list[
 async def test_without_an_example_the_first_frame_shows_the_shapes(place: str) -> None:
     """Heads made at the first frame are those that an example would have given, and learn from that frame already."""
     xs, ys = stream(16)
-    rule = Local(loss=F.cross_entropy, optimizer=OPTIMIZERS["adam"])
+    rule = Local(loss=functional.cross_entropy, optimizer=OPTIMIZERS["adam"])
     pipeline = await asyncio.to_thread(
         lambda: aiotime.Pipeline.from_stages(parts_of(ribbon(4), 4, PLACES[place](4)), learner=rule)
     )
@@ -208,7 +212,7 @@ async def test_checkpoints_hold_the_heads(tmp_path: Path, known: bool) -> None:
     xs, ys = stream(18)
 
     def start() -> aiotime.Pipeline:
-        rule = Delayed(loss=F.cross_entropy, optimizer=OPTIMIZERS["adam"], order="1f1b", local=0.5)
+        rule = Delayed(loss=functional.cross_entropy, optimizer=OPTIMIZERS["adam"], order="1f1b", local=0.5)
         if known:
             return build(rule, ribbon(3), xs[0], ["inline"] * 3)
         return aiotime.Pipeline.from_stages(parts_of(ribbon(3), 3, ["inline"] * 3), learner=rule)
@@ -227,7 +231,7 @@ async def test_checkpoints_hold_the_heads(tmp_path: Path, known: bool) -> None:
         assert all(torch.equal(first.state_dict()[key], value) for key, value in other.state_dict().items())
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize(
     ("place", "settings"),
@@ -238,7 +242,9 @@ async def test_a_local_loss_beside_the_delayed_gradient_equals_a_reference(
 ) -> None:
     """Also with recomputation, with the split backward, and with heads that are made while frames are under way."""
     xs, ys = stream(20)
-    rule = Delayed(loss=F.cross_entropy, optimizer=OPTIMIZERS["adam"], order="1f1b", local=0.5, seed=3, **settings)
+    rule = Delayed(
+        loss=functional.cross_entropy, optimizer=OPTIMIZERS["adam"], order="1f1b", local=0.5, seed=3, **settings
+    )
     pipeline = await asyncio.to_thread(
         lambda: (
             build(rule, ribbon(4), xs[0], PLACES[place](4))
@@ -250,7 +256,7 @@ async def test_a_local_loss_beside_the_delayed_gradient_equals_a_reference(
     model = ribbon(4)
     parts = pieces(model, [2] * 4)
     heads = heads_for(parts, xs[0], seed=3)
-    losses = assisted(parts, heads, xs, ys, F.cross_entropy, OPTIMIZERS["adam"], share=0.5)
+    losses = assisted(parts, heads, xs, ys, functional.cross_entropy, OPTIMIZERS["adam"], share=0.5)
     assert [pred.loss for pred in found] == pytest.approx(losses, abs=1e-6)
     assert found[10].delay == (3, 2, 1, 0)
     values = pipeline.state_dict().values()
@@ -260,7 +266,7 @@ async def test_a_local_loss_beside_the_delayed_gradient_equals_a_reference(
         assert all(torch.allclose(own[key], value, atol=1e-6) for key, value in head.state_dict().items())
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize(
     "settings",
@@ -275,7 +281,7 @@ async def test_a_local_loss_beside_the_delayed_gradient_equals_a_reference(
 async def test_a_local_loss_goes_with_every_choice_of_weights(settings: dict[str, Any], known: bool) -> None:
     """Every stage and every head learns from every frame."""
     xs, ys = stream(24)
-    rule = Delayed(loss=F.cross_entropy, optimizer=SGD, local=1.0, **{"order": "1f1b", **settings})
+    rule = Delayed(loss=functional.cross_entropy, optimizer=SGD, local=1.0, **{"order": "1f1b", **settings})
     pipeline = await asyncio.to_thread(
         lambda: (
             build(rule, ribbon(3), xs[0], ["cpu:0", "cpu:1", "cpu:2"])
@@ -298,7 +304,7 @@ async def test_a_local_loss_goes_with_every_choice_of_weights(settings: dict[str
 async def test_with_one_stage_a_local_loss_changes_nothing() -> None:
     """S = 1 has no head: `Delayed(local=...)` is plain training."""
     xs, ys = stream(12)
-    rule = Delayed(loss=F.cross_entropy, optimizer=SGD, local=1.0)
+    rule = Delayed(loss=functional.cross_entropy, optimizer=SGD, local=1.0)
     pipeline = await asyncio.to_thread(build, rule, ribbon(1), xs[0], ["cpu:0"])
     found = await learn(pipeline, samples_of(xs, ys))
     assert [pred.loss for pred in found] == greedy([ribbon(1)], [], xs, ys, SGD)
@@ -316,7 +322,7 @@ async def test_a_first_frame_that_fails_shows_its_shapes_all_the_same(fails: int
         calls += 1
         if calls == fails:
             raise ValueError("not today")
-        return F.cross_entropy(output, target)
+        return functional.cross_entropy(output, target)
 
     def start() -> aiotime.Pipeline:
         clock = VirtualClock()
@@ -340,11 +346,11 @@ async def test_a_first_frame_that_fails_shows_its_shapes_all_the_same(fails: int
     assert not any(learner.unformed for learner in hands)
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 async def test_gradients_are_averaged_over_several_frames() -> None:
     """``update_every`` holds for the head and the stage alike, and shows in the delay."""
     xs, ys = stream(12)
-    rule = Local(loss=F.cross_entropy, optimizer=SGD, update_every=3)
+    rule = Local(loss=functional.cross_entropy, optimizer=SGD, update_every=3)
     pipeline = await asyncio.to_thread(build, rule, ribbon(2), xs[0], ["inline"] * 2)
     found = await learn(pipeline, samples_of(xs, ys))
     assert [pred.delay for pred in found[:4]] == [(0, 0), (1, 1), (2, 2), (0, 0)]
@@ -355,8 +361,8 @@ async def test_gradients_are_averaged_over_several_frames() -> None:
     optimizers = [SGD(own) for own in params]
     for t, (x, y) in enumerate(zip(xs, ys, strict=True)):
         h = parts[0](x)
-        (F.cross_entropy(heads[0](h), y) / 3).backward()  # type: ignore[no-untyped-call]
-        (F.cross_entropy(parts[1](h.detach()), y) / 3).backward()  # type: ignore[no-untyped-call]
+        (functional.cross_entropy(heads[0](h), y) / 3).backward()  # type: ignore[no-untyped-call]
+        (functional.cross_entropy(parts[1](h.detach()), y) / 3).backward()  # type: ignore[no-untyped-call]
         if t % 3 == 2:
             for optimizer in optimizers:
                 optimizer.step()
@@ -365,18 +371,18 @@ async def test_gradients_are_averaged_over_several_frames() -> None:
     assert all(torch.allclose(state[key], value, atol=1e-6) for key, value in model.state_dict().items())
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 async def test_heads_run_in_the_precision_of_their_stage(precision: torch.dtype) -> None:
     """Under autocast the heads learn as well, in float32, and a scaled loss is scaled back."""
     xs, ys = stream(30)
     ys = [torch.tensor([1])] * 30
-    rule = Local(loss=F.cross_entropy, optimizer=SGD, precision=precision)
+    rule = Local(loss=functional.cross_entropy, optimizer=SGD, precision=precision)
     pipeline = await asyncio.to_thread(build, rule, ribbon(2), xs[0], ["inline"] * 2)
     found = await learn(pipeline, samples_of(xs, ys))
     assert found[-1].loss < 0.5 * found[0].loss  # type: ignore[operator]
     plain = await asyncio.to_thread(
-        build, Local(loss=F.cross_entropy, optimizer=SGD), ribbon(2), xs[0], ["inline"] * 2
+        build, Local(loss=functional.cross_entropy, optimizer=SGD), ribbon(2), xs[0], ["inline"] * 2
     )  # fmt: skip
     await learn(plain, samples_of(xs, ys))
     own, other = pipeline.state_dict(), plain.state_dict()
@@ -389,7 +395,7 @@ async def test_a_refused_target_is_told_by_the_stage_it_met_first() -> None:
     """The frame fails with the stage's name; the stages go on with the next one."""
     xs, ys = stream(6)
     ys[2] = torch.tensor([77])
-    rule = Local(loss=F.cross_entropy, optimizer=SGD)
+    rule = Local(loss=functional.cross_entropy, optimizer=SGD)
     pipeline = await asyncio.to_thread(build, rule, ribbon(2), xs[0], ["cpu:0", "cpu:1"])
     async with asyncio.timeout(20), pipeline:
         for at, (x, y) in enumerate(zip(xs, ys, strict=True)):
@@ -410,7 +416,7 @@ async def test_a_model_that_ends_in_nothing_to_learn_is_refused() -> None:
     def start(rule: Any) -> aiotime.Pipeline:
         return aiotime.Pipeline(model, example=xs[0], devices=["inline"] * 3, balance=[1, 1, 1], learner=rule)
 
-    settings: dict[str, Any] = {"loss": F.cross_entropy, "optimizer": SGD}
+    settings: dict[str, Any] = {"loss": functional.cross_entropy, "optimizer": SGD}
     with pytest.raises(ConfigurationError, match=r"last stage, .* cut further down"):
         await asyncio.to_thread(start, Local(**settings))
     overlapping = await asyncio.to_thread(start, Local(overlapping=True, order="1f1b", **settings))
@@ -429,14 +435,14 @@ async def test_a_model_that_ends_in_nothing_to_learn_is_refused() -> None:
 def test_what_cannot_work_is_refused() -> None:
     """An order or a factor that makes no sense, and late targets where a stage needs its neighbour."""
     with pytest.raises(ConfigurationError, match='order must be "event" or "1f1b"'):
-        Local(loss=F.cross_entropy, optimizer=SGD, order="lockstep")  # type: ignore[arg-type]
+        Local(loss=functional.cross_entropy, optimizer=SGD, order="lockstep")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="local is a factor"):
-        Delayed(loss=F.cross_entropy, optimizer=SGD, local=-1.0)
+        Delayed(loss=functional.cross_entropy, optimizer=SGD, local=-1.0)
     with pytest.raises(ConfigurationError, match=r"such as local=1\.0"):
-        Delayed(loss=F.cross_entropy, optimizer=SGD, head=lambda k, cut, output: nn.Linear(1, 1))
-    assert Local(loss=F.cross_entropy, optimizer=SGD).accepts_late
-    assert not Local(loss=F.cross_entropy, optimizer=SGD, overlapping=True).accepts_late
-    assert not Local(loss=F.cross_entropy, optimizer=SGD, order="1f1b").accepts_late
+        Delayed(loss=functional.cross_entropy, optimizer=SGD, head=lambda k, cut, output: nn.Linear(1, 1))
+    assert Local(loss=functional.cross_entropy, optimizer=SGD).accepts_late
+    assert not Local(loss=functional.cross_entropy, optimizer=SGD, overlapping=True).accepts_late
+    assert not Local(loss=functional.cross_entropy, optimizer=SGD, order="1f1b").accepts_late
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 5, 8])
@@ -459,7 +465,7 @@ def test_every_relay_is_wanted_and_every_want_is_served(stages: int, n: int, own
     assert n > 1 or own or orders == [Order(0, reach=0)] * last + [Order(0)]
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 async def test_local_learning_learns() -> None:
     """On a stream with something to be found, the second half's loss is far below the first frames'."""
     generator = torch.Generator().manual_seed(0)
@@ -468,7 +474,7 @@ async def test_local_learning_learns() -> None:
     totals = []
     for rule in (Local, partial(Local, overlapping=True), partial(Delayed, local=1.0), Exact):
         pipeline = await asyncio.to_thread(
-            build, rule(loss=F.cross_entropy, optimizer=OPTIMIZERS["adam"]), ribbon(3), xs[0], ["inline"] * 3
+            build, rule(loss=functional.cross_entropy, optimizer=OPTIMIZERS["adam"]), ribbon(3), xs[0], ["inline"] * 3
         )
         losses = [pred.loss or 0.0 for pred in await learn(pipeline, samples_of(xs, ys))]
         totals.append(sum(losses[100:]) / 100)

@@ -42,18 +42,16 @@ async def build(rule: Rule | None, *, rows: int = 1) -> Pipeline:
     """Two stages on two workers."""
     devices = ["cpu:0", "cpu:1"]
     example = torch.zeros(rows, 4)
-    return await asyncio.to_thread(
-        Pipeline, network(), example=example, devices=devices, balance=[2, 1], learner=rule
-    )
+    return await asyncio.to_thread(Pipeline, network(), example=example, devices=devices, balance=[2, 1], learner=rule)
 
 
 RULES: dict[str, Callable[..., Rule]] = {"exact": Exact, "event": Delayed, "1f1b": partial(Delayed, order="1f1b")}
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 @pytest.mark.parametrize("rule", RULES)
 async def test_no_frame_is_learned_from_before_its_prediction_is_made(rule: str) -> None:
-    """A spy in the loss and one in the optimizer: when frame t is predicted at the top, only earlier ones updated it."""
+    """A spy in the loss and one in the optimizer: a frame is predicted before it updates the stage."""
     events: list[str] = []
     lock = threading.Lock()
 
@@ -78,7 +76,7 @@ async def test_no_frame_is_learned_from_before_its_prediction_is_made(rule: str)
     assert events == ["predicted", "update"] * 40
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 async def test_the_scores_are_those_of_a_plain_predict_then_learn_loop() -> None:
     """Accuracy, losses and the curve's means, frame by frame."""
     pipeline = await build(Exact(loss=cross_entropy, optimizer=SGD))
@@ -93,7 +91,7 @@ async def test_the_scores_are_those_of_a_plain_predict_then_learn_loop() -> None
         value = cross_entropy(output, sample.target)
         assert loss == pytest.approx(value.item(), rel=1e-5)
         optimizer.zero_grad()
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     assert list(result.scores) == right
     assert result.mean == pytest.approx(sum(right) / 40)
@@ -119,7 +117,7 @@ async def test_progress_comes_while_it_runs_and_the_rest_at_the_end() -> None:
     assert evaluation.result.seconds > 0
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 async def test_frames_without_target_are_predicted_and_not_scored() -> None:
     """Nor are those whose target comes later."""
     stream = samples(12)
@@ -131,7 +129,7 @@ async def test_frames_without_target_are_predicted_and_not_scored() -> None:
     assert (result.frames, result.unscored) == (10, 2)
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 async def test_a_model_that_does_not_learn_is_scored_too() -> None:
     """No losses, no delays: what standing still would have reached."""
     pipeline = await build(None)
@@ -142,7 +140,7 @@ async def test_a_model_that_does_not_learn_is_scored_too() -> None:
     assert result.delays == () and all(map(math.isnan, result.losses))
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 async def test_behind_replay_only_the_newest_row_counts() -> None:
     """The others have been learned from before."""
     seen: list[tuple[int, int]] = []
@@ -158,7 +156,7 @@ async def test_behind_replay_only_the_newest_row_counts() -> None:
     assert (result.metric, set(result.scores)) == ("spy", {0.0, 1.0})
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 async def test_the_loss_itself_can_be_the_score() -> None:
     """For regression, say."""
     pipeline = await build(Exact(loss=cross_entropy, optimizer=SGD))
@@ -183,7 +181,7 @@ async def test_left_early_it_keeps_what_it_found() -> None:
         assert not pipeline._engine or not pipeline._engine.runs
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 async def test_a_metric_that_does_not_fit_ends_it_with_the_shapes() -> None:
     """The run is closed, the error says what was compared."""
     stream = [Sample(sample.input, torch.zeros(1, 3)) for sample in samples()]

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 from torch import nn
+from torch.nn import functional
 
 import aiotime
 from aiotime.frame import LATER
@@ -20,7 +20,6 @@ from aiotime.learning import Delayed
 from aiotime.learning.learner import Site
 from aiotime.learning.recompute import Recomputation
 from aiotime.learning.ticket import Ticket
-
 from tests.learning.reference import fifo, pieces, ribbon, stream
 
 PATIENCE = 20.0
@@ -81,7 +80,8 @@ async def test_noise_and_statistics_are_those_of_the_first_time(split: bool) -> 
 async def test_recomputed_with_the_newest_weights() -> None:
     """With current weights the graph is made of the kept input and the newest weights; so says the reference."""
     frames, targets = stream(20)
-    expected = fifo(pieces(ribbon(6), [4] * 3), frames, targets, functional.cross_entropy, SGD, [2, 1, 0], weights="recomputed")
+    parts = pieces(ribbon(6), [4] * 3)
+    expected = fifo(parts, frames, targets, functional.cross_entropy, SGD, [2, 1, 0], weights="recomputed")
     losses, state, _ = await learn(
         ribbon(6), [4] * 3, frames, targets, devices=["cpu:0", "cpu:1", "cpu:0"], recompute=True, weights="current"
     )

@@ -23,7 +23,9 @@ from aiotime.learning.replay import replay
 
 def numbered(frames: int, *, targets: bool = True) -> list[Sample]:
     """Frame t holds t; its target is 10 t."""
-    return [Sample(torch.full((1, 2), float(t)), torch.tensor(10 * t) if targets else None, key=t) for t in range(frames)]
+    return [
+        Sample(torch.full((1, 2), float(t)), torch.tensor(10 * t) if targets else None, key=t) for t in range(frames)
+    ]
 
 
 def inside(sample: Sample) -> list[int]:
@@ -82,9 +84,13 @@ def test_a_cut_empties_it_where_that_is_asked_for() -> None:
 
 
 @given(
-    frames=st.integers(1, 40), window=st.integers(1, 12), share=st.integers(1, 12), keep=st.sampled_from(["recent", "reservoir"]),
-    seed=st.integers(0, 5), fill=st.sampled_from(["grow", "repeat"]),
-)  # fmt: skip
+    frames=st.integers(1, 40),
+    window=st.integers(1, 12),
+    share=st.integers(1, 12),
+    keep=st.sampled_from(["recent", "reservoir"]),
+    seed=st.integers(0, 5),
+    fill=st.sampled_from(["grow", "repeat"]),
+)
 def test_every_batch_holds_what_it_promises(
     frames: int, window: int, share: int, keep: Any, seed: int, fill: Any
 ) -> None:
@@ -103,14 +109,14 @@ def test_every_batch_holds_what_it_promises(
 
 
 def test_a_reservoir_remembers_every_frame_with_equal_chance() -> None:
-    """40 frames into 8 places, 400 seeds: each frame is found about 80 times."""
+    """40 frames into 8 places, 200 seeds: each frame is found about 40 times."""
     times: Counter[int] = Counter()
-    for seed in range(400):
+    for seed in range(200):
         *_, last = replay(numbered(41), window=9, keep="reservoir", seed=seed)
         times.update(inside(last)[:-1])
-    assert times.total() == 400 * 8
-    assert all(45 < times[frame] < 125 for frame in range(40))  # more than 4 deviations off in either direction
-    assert sum(times[frame] for frame in range(20)) == pytest.approx(1600, abs=150)
+    assert times.total() == 200 * 8
+    assert all(15 < times[frame] < 65 for frame in range(40))  # more than 4 deviations off in either direction
+    assert sum(times[frame] for frame in range(20)) == pytest.approx(800, abs=100)
 
 
 def test_pytrees_arrays_and_plain_numbers_are_joined_leaf_by_leaf() -> None:
@@ -162,7 +168,7 @@ def test_what_is_no_source_is_refused() -> None:
     """A string is iterable, and surely a mistake."""
     for source in ("text", 3, {"a": 1}):
         with pytest.raises(ConfigurationError, match="replay takes an iterable"):
-            replay(source)  # type: ignore[call-overload]
+            replay(source)  # type: ignore[arg-type]
 
 
 @pytest.mark.asyncio
@@ -199,13 +205,14 @@ def test_leaving_a_plain_one_closes_its_source() -> None:
     assert closed == [True]
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 @pytest.mark.parametrize("fill", ["grow", "repeat"])
 async def test_learning_on_the_window_is_mini_batch_training(fill: Any) -> None:
     """The pipeline's losses and weights are those of a plain loop over the same batches."""
     generator = torch.Generator().manual_seed(0)
     stream = [
-        Sample(torch.randn(1, 6, generator=generator), torch.randint(0, 3, (1,), generator=generator)) for _ in range(20)
+        Sample(torch.randn(1, 6, generator=generator), torch.randint(0, 3, (1,), generator=generator))
+        for _ in range(20)
     ]
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
@@ -213,10 +220,14 @@ async def test_learning_on_the_window_is_mini_batch_training(fill: Any) -> None:
     example = torch.zeros(4, 6)
     pipeline = await asyncio.to_thread(
         lambda: Pipeline(
-            model, example=example, devices=["cpu:0", "cpu:1"], balance=[2, 1], dynamic=(0,) if fill == "grow" else None,
+            model,
+            example=example,
+            devices=["cpu:0", "cpu:1"],
+            balance=[2, 1],
+            dynamic=(0,) if fill == "grow" else None,
             learner=Exact(loss=cross_entropy, optimizer=optimizer),
         )
-    )  # fmt: skip
+    )
     async with asyncio.timeout(20):
         seen = [prediction async for prediction in pipeline.run(replay(stream, window=4, fill=fill))]
     step = optimizer(model.parameters())
@@ -226,6 +237,6 @@ async def test_learning_on_the_window_is_mini_batch_training(fill: Any) -> None:
         loss = cross_entropy(output, sample.target)
         assert prediction.loss == pytest.approx(loss.item(), rel=1e-5)
         step.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         step.step()
     torch.testing.assert_close(pipeline.state_dict(), dict(model.state_dict()))

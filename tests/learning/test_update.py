@@ -174,10 +174,15 @@ def test_sparse_gradients() -> None:
 def test_in_inference_mode_as_a_barrier_calls_it() -> None:
     """The rest of a mini-batch is applied by a thread in inference mode; nothing becomes an inference tensor."""
     mine = updater(optimizer=partial(torch.optim.SGD, lr=1.0, momentum=0.9, weight_decay=0.1), every=4)
+    seen: list[bool] = []
+    mine.optimizer.register_step_pre_hook(
+        lambda *_: seen.extend(master.grad.is_inference() for master in mine.weights.masters)  # type: ignore[union-attr]
+    )
     mine.add(grads())
     mine.add(grads())
     with torch.inference_mode():
         assert mine.step(keep_old=True)
+    assert seen == [False, False]
     change(mine, grads())
     state = [value for entry in mine.optimizer.state.values() for value in entry.values()]
     assert not any(tensor.is_inference() for tensor in [*mine.weights.masters, *state])

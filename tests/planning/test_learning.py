@@ -171,15 +171,33 @@ def test_exact_learning_stays_on_one_device() -> None:
     assert "Exact learns from each frame before it takes the next" in made.advice
 
 
+def test_a_disturbed_measurement_does_not_part_what_learns_one_by_one() -> None:
+    """Where the whole seemed slower than its parts."""
+
+    class Disturbed(Fake):
+        calls = 0
+
+        def measure(self, fn: Callable[[Any], Any], value: Any, *, seconds: float = 0.05) -> tuple[float, Any]:
+            self.calls += 1
+            said, result = super().measure(fn, value, seconds=seconds)
+            return said * (2 if self.calls <= 5 else 1), result
+
+    rule = Exact(loss=F.mse_loss, optimizer=partial(TickingSgd, lr=0.1))
+    made = plan(ticking(*[(1, 2)] * 4), example=FRAME, devices=[Disturbed("a"), Disturbed("b")], learner=rule)
+    assert made.sizes == (4,)
+    assert made.stages[0].seconds == pytest.approx(26)
+
+
 def test_layers_that_share_a_parameter_stay_together() -> None:
     """Two stages cannot both update it, so there is no cut between them."""
     shared = Tick(1, 1)
     model = nn.Sequential(Tick(1, 1), shared, Tick(1, 1), shared)
     assert plan(model, example=FRAME, devices=DEVICES).sizes == (2, 2)
-    made = plan(model, example=FRAME, devices=DEVICES, learner=delayed())
+    made = plan(model, example=FRAME, devices=DEVICES, learner=delayed(optimizer=torch.optim.Adam))
     assert made.sizes == (1, 3)
     assert made.stages[1].learning is not None
     assert made.stages[1].learning.weight_bytes == 8
+    assert made.stages[1].learning.optimizer_bytes == 8 * 3
     tied = plan(nn.Sequential(shared, Tick(1, 1), shared), example=FRAME, devices=DEVICES, learner=delayed())
     assert tied.sizes == (3,)
     assert tied.advice is not None
@@ -269,6 +287,14 @@ def test_what_an_activation_function_keeps_is_not_counted_twice() -> None:
     assert stages(made)[0].activation_bytes == 4 * (16 + 32 + 8)
     made = plan(model, example=example, devices=["cpu:0"] * 3, balance=[1, 1, 1], learner=adam())
     assert [stage.activation_bytes for stage in stages(made)] == [4 * (16 + 32), 4 * (32 + 32), 4 * (32 + 8)]
+
+
+def test_what_is_frozen_below_all_that_learns_keeps_nothing() -> None:
+    """Its stage keeps what came in, and what the first layer that learns was given."""
+    model = nn.Sequential(nn.Linear(16, 32), nn.Sigmoid(), nn.Linear(32, 24), nn.Linear(24, 8))
+    model[:3].requires_grad_(False)
+    made = plan(model, example=torch.zeros(1, 16), devices=["cpu:0"], balance=[4], learner=adam())
+    assert stages(made)[0].activation_bytes == 4 * (16 + 24 + 8)
 
 
 @pytest.mark.parametrize(

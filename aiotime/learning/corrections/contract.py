@@ -116,6 +116,9 @@ class Correction(ABC):
 
     changes: ClassVar[Thing]
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
     def check(self, weights: str) -> None:  # noqa: B027 - most make sense with any
         """Raise `ConfigurationError` where it makes no sense with ``Delayed(weights=weights)``."""
 
@@ -157,12 +160,14 @@ def check_all(corrections: Sequence[Any], weights: str) -> None:
 class Corrected:
     """All correctors of one stage as one."""
 
-    def __init__(self, corrections: Sequence[Correction], weights: Weights, updater: Updater | None) -> None:
+    def __init__(self, corrections: Sequence[Correction], updater: Updater | None) -> None:
         self._all: list[Corrector] = []
         self.lag = 0  # the largest delay among the gradients gathered for the next update
-        if updater is None:
+        self.reads_other = False  # some forward or backward reads weights that are not the newest
+        self.wants_moves = False  # `updated` must be told how far the weights moved
+        if updater is None:  # nothing to learn here
             return
-        place = Place(weights, updater, self.rate)
+        place = Place(updater.weights, updater, self.rate)
         self._all = [correction.stage(place) for correction in corrections]
         changed = {correction.changes for correction in corrections}
         self.reads_other = bool(changed & {"forward", "backward"})
@@ -171,9 +176,6 @@ class Corrected:
             updater.rate = lambda: self.rate(self.lag)
         if "step" in changed:
             updater.around = self._step
-
-    reads_other = False  # some forward or backward reads weights that are not the newest
-    wants_moves = False  # `updated` must be told how far the weights moved
 
     def _step(self, step: Callable[[], Any]) -> None:
         for corrector in self._all:
