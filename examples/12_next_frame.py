@@ -19,8 +19,7 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, mse_loss
 
 import aiotime
-from aiotime.learning import Delayed
-from aiotime.learning.prequential import prequential
+from aiotime.learning import Delayed, prequential
 
 FRAMES, SCENE = 600, 150
 SIDE = 32  # pixels of a frame

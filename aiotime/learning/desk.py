@@ -349,7 +349,7 @@ class Desk:
     def _wants_backward(self) -> bool:
         if self._aborted is not None:
             return True
-        if not self.order.strict:  # two in a row would starve the stages above of frames, and soon this one of gradients
+        if not self.order.strict:  # two in a row would starve the stages above of frames, and soon this one itself
             return not (self._back and self._may_forward())
         if self._forward and self._forward[0][3] is not None:
             return True  # a barrier: no further forward comes before it

@@ -145,7 +145,7 @@ def test_the_learning_demo_runs_through(tmp_path: Path) -> None:
 
 
 def test_the_streams_are_what_they_say() -> None:
-    """Unrelated digits come once each; the smooth stream changes by a fifteenth of the way and names the nearer digit."""
+    """Unrelated digits come once each; the smooth stream moves by fifteenths and names the nearer digit."""
     samples = learning_demo.unrelated(0, None)
     assert len(samples) == 1797
     blended = learning_demo.smooth(0, 32)

@@ -25,7 +25,14 @@ from aiotime import Pipeline, Sample, Stage, checkpoint
 from aiotime.checkpoint import LEARNER, STATE, WEIGHTS, Checkpoint, pack, unpack
 from aiotime.errors import ClosedError, ConfigurationError
 from aiotime.learning import Delayed, Exact, Rule
+from aiotime.learning.augmented_lagrangian import AugmentedLagrangian
+from aiotime.learning.block_admm import BlockADMM
+from aiotime.learning.interlocking import Interlocking
 from aiotime.learning.learner import StageLearner
+from aiotime.learning.local import Local
+from aiotime.learning.penalty import Penalty
+from aiotime.learning.sideways import Sideways
+from aiotime.learning.synchronous import Synchronous
 
 if TYPE_CHECKING:
     from tests.conftest import Settle
@@ -110,6 +117,41 @@ async def test_a_restored_pipeline_goes_on_as_the_first_did(rule: str, tmp_path:
     assert same(second.state_dict(), dict(taken.weights))
     assert await losses(second, stream[CUT:]) == after
     assert same(first.state_dict(), second.state_dict())
+
+
+SETTINGS: dict[str, Any] = {"loss": cross_entropy, "optimizer": MOMENTUM}
+EVERY: dict[str, Callable[[], Rule]] = {
+    "sideways": lambda: Sideways(**SETTINGS),
+    "synchronous": lambda: Synchronous(micro_batches=4, **SETTINGS),
+    "chimera": lambda: Synchronous(micro_batches=4, schedule="chimera", **SETTINGS),
+    "local heads": lambda: Delayed(order="1f1b", local=1.0, **SETTINGS),
+    "double-buffered": lambda: Delayed(order="1f1b", weights="double-buffered", update_every=4, **SETTINGS),
+    "predicted": lambda: Delayed(order="1f1b", weights="predicted", **SETTINGS),
+    "local": lambda: Local(**SETTINGS),
+    "interlocking": lambda: Interlocking(2, **SETTINGS),
+    "penalty": lambda: Penalty(beta=0.1, order="1f1b", **SETTINGS),
+    "augmented lagrangian": lambda: AugmentedLagrangian(beta=0.1, order="1f1b", **SETTINGS),
+    "block admm": lambda: BlockADMM(rho=0.1, order="1f1b", **SETTINGS),
+}
+
+
+@pytest.mark.asyncio(loop_factories=["asyncio"])
+@pytest.mark.parametrize("rule", EVERY)
+async def test_every_rule_goes_on_as_it_would_have(rule: str, tmp_path: Path) -> None:
+    """Heads, multipliers, spare versions, replicas: whatever a rule keeps, into a fresh pipeline and a running one."""
+    stream = samples()
+    first, second, third = [await build(EVERY[rule](), balance=[2, 3]) for _ in range(3)]
+    async with first:
+        await losses(first, stream[:16])
+        await first.checkpoint(tmp_path / "c")
+        after = await losses(first, stream[16:])
+    await second.restore(tmp_path / "c")
+    assert await losses(second, stream[16:]) == after
+    assert same(first.state_dict(), second.state_dict())
+    async with third:
+        await losses(third, stream[:4])
+        await third.restore(tmp_path / "c")
+        assert await losses(third, stream[16:]) == after
 
 
 SCRIPT = """

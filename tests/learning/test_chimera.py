@@ -21,8 +21,7 @@ from aiotime.frame import Frame
 from aiotime.learning.chimera import DOWN, UP, Crossing, Meeting
 from aiotime.learning.synchronous import Synchronous
 from aiotime.learning.ticket import Ticket
-
-from .reference import ribbon, stream
+from tests.learning.reference import ribbon, stream
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 ADAM = partial(torch.optim.Adam, lr=0.01)

@@ -17,8 +17,7 @@ from aiotime.errors import ConfigurationError
 from aiotime.learning.heads import PREFIX, Headed, Heads, default_head
 from aiotime.learning.learner import Site
 from aiotime.learning.local import Local
-
-from .reference import ribbon, stream
+from tests.learning.reference import ribbon, stream
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 

@@ -19,9 +19,8 @@ from aiotime.errors import ConfigurationError, InputError, StageError
 from aiotime.learning.delayed import Delayed
 from aiotime.learning.interlocking import Interlocking
 from aiotime.learning.local import Local
-
-from .reference import pieces, ribbon, stream
-from .windows import heads_for, windowed
+from tests.learning.reference import pieces, ribbon, stream
+from tests.learning.windows import heads_for, windowed
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 ADAM = partial(torch.optim.Adam, lr=0.01)

@@ -26,8 +26,7 @@ from aiotime.errors import FeedbackError, InputError, SourceError, StageError
 from aiotime.learning import Delayed, Exact
 from aiotime.learning.learner import StageLearner
 from aiotime.learning.rule import Rule
-
-from .reference import fifo, pieces, ribbon, stream
+from tests.learning.reference import fifo, pieces, ribbon, stream
 
 if TYPE_CHECKING:
     from tests.conftest import Settle

@@ -21,9 +21,8 @@ from aiotime.learning.delayed import Delayed
 from aiotime.learning.exact import Exact
 from aiotime.learning.local import Local
 from aiotime.learning.order import Order, interlocking
-
-from .reference import pieces, ribbon, stream
-from .windows import assisted, heads_for, windowed
+from tests.learning.reference import pieces, ribbon, stream
+from tests.learning.windows import assisted, heads_for, windowed
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

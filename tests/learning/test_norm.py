@@ -18,8 +18,7 @@ from aiotime.learning.exact import Exact
 from aiotime.learning.rule import Rule
 from aiotime.learning.sideways import Sideways
 from aiotime.learning.synchronous import Synchronous
-
-from .reference import ribbon, stream
+from tests.learning.reference import ribbon, stream
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 LIMIT = 0.3

@@ -20,8 +20,7 @@ from aiotime.frame import Frame
 from aiotime.learning.learner import Site
 from aiotime.learning.sideways import Sideways, SidewaysLearner
 from aiotime.learning.ticket import Ticket
-
-from .reference import pieces, ribbon, stream
+from tests.learning.reference import pieces, ribbon, stream
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -18,8 +18,7 @@ from aiotime.errors import ConfigurationError, StageError
 from aiotime.frame import Frame
 from aiotime.learning.learner import StageLearner
 from aiotime.learning.synchronous import Schedule, Synchronous
-
-from .reference import ribbon, stream
+from tests.learning.reference import ribbon, stream
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 ADAM = partial(torch.optim.Adam, lr=0.01)

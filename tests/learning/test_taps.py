@@ -14,8 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import aiotime
 from aiotime.learning.sideways import Sideways
-
-from .reference import stream
+from tests.learning.reference import stream
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.5)
 STAGES = 5
