@@ -260,3 +260,8 @@ def test_the_ledger_counts_a_storage_once(study: Any) -> None:
     assert ledger.total(set()) == 2 * nbytes
     outputs.pop()
     assert ledger.total(set()) == 0
+    with ledger.watching():
+        rectified = torch.rand(8, 8, requires_grad=True).relu()  # the graph saves its own output
+    assert ledger.total(set()) == nbytes
+    del rectified
+    assert ledger.total(set()) == 0

@@ -1,16 +1,16 @@
 """Learning on the stream: every rule behind one small contract.
 
-    rule.py        what a user says; what a rule says to the runtime: an order of jobs, a pair of hands
-    order.py       orders, as numbers        desk.py      which job comes next; ticket.py: what a frame carries
-    learner.py     the hands: back-propagation through one stage; boundary.py: where its graph begins
-    weights.py     parameters in versions    update.py    optimizer, clipping, guard, schedule
-    course.py      the learning of an open pipeline: late targets, errors, barriers
-    enrolment.py   which stages learn
+rule.py        what a user says; what a rule says to the runtime: an order of jobs, a pair of hands
+order.py       orders, as numbers        desk.py      which job comes next; ticket.py: what a frame carries
+learner.py     the hands: back-propagation through one stage; boundary.py: where its graph begins
+weights.py     parameters in versions    update.py    optimizer, clipping, guard, schedule
+course.py      the learning of an open pipeline: late targets, errors, barriers
+enrolment.py   which stages learn
 
-    exact.py  synchronous.py  sideways.py  delayed.py  local.py  interlocking.py  penalty.py
-    augmented_lagrangian.py  block_admm.py          one file per rule
-    corrections/   for gradients that come late     heads.py     auxiliary heads, chosen from the cut's shape
-    replay.py      a sliding window                 prequential.py  predict, score, then learn
+exact.py  synchronous.py  sideways.py  delayed.py  local.py  interlocking.py  penalty.py
+augmented_lagrangian.py  block_admm.py          one file per rule
+corrections/   for gradients that come late     heads.py     auxiliary heads, chosen from the cut's shape
+replay.py      a sliding window                 prequential.py  predict, score, then learn
 """
 
 from aiotime.learning.augmented_lagrangian import AugmentedLagrangian

@@ -1,10 +1,10 @@
 """BlockADMM: blocks joined by z_k and scaled duals u_k, each solved by a few proximal steps, or exactly at the top.
 
-    stage k, once its target τ = z_{k+1} - u_{k+1} is here          (last stage: the model's target)
+stage k, once its target τ = z_{k+1} - u_{k+1} is here          (last stage: the model's target)
 
-        z_k:  ρ/2‖z - x_k⁻ - u_k‖² + ℓ_k(f_k(z; θ_k))       ─▶ z_k - u_k, sent down as z_k - u_k - x_k⁻
-        u_k ← u_k + x_k⁻ - z_k
-        θ_k:  μ/2‖θ - θ_k‖² + ℓ_k(f_k(z_k; θ))              ─▶ new weights
+    z_k:  ρ/2‖z - x_k⁻ - u_k‖² + ℓ_k(f_k(z; θ_k))       ─▶ z_k - u_k, sent down as z_k - u_k - x_k⁻
+    u_k ← u_k + x_k⁻ - z_k
+    θ_k:  μ/2‖θ - θ_k‖² + ℓ_k(f_k(z_k; θ))              ─▶ new weights
 """
 
 from __future__ import annotations

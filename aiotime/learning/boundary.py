@@ -1,7 +1,7 @@
 """The boundary of a stage: where a value stops being somebody's output and starts being a leaf of our graph.
 
-    upstream's output ── detached, may be an inference tensor ──▶ enter ──▶ leaves that require grad ──▶ fn
-                                                                   gradients ◀── one per tensor, in order
+upstream's output ── detached, may be an inference tensor ──▶ enter ──▶ leaves that require grad ──▶ fn
+                                                               gradients ◀── one per tensor, in order
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Delayed: pipelined back-propagation; each frame's own activations, weights of its forward or newer ones.
 
-    stage 0   F0 F1 F2 F3 B0 F4 B1 F5 B2 …
-    stage 1      F0 F1 F2 B0 F3 B1 F4 B2 …          S = 4, "1f1b": stage k is S-1-k frames ahead
-    stage 2         F0 F1 B0 F2 B1 F3 B2 …
-    stage 3            F0 B0 F1 B1 F2 B2 …
+stage 0   F0 F1 F2 F3 B0 F4 B1 F5 B2 …
+stage 1      F0 F1 F2 B0 F3 B1 F4 B2 …          S = 4, "1f1b": stage k is S-1-k frames ahead
+stage 2         F0 F1 B0 F2 B1 F3 B2 …
+stage 3            F0 B0 F1 B1 F2 B2 …
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ class Delayed(Rule):
             costs some hundred microseconds per backward, so it is for stages of many milliseconds.
         corrections: for the delay; see `aiotime.learning.corrections`.
         local: factor on the loss of a small head at every stage but the last; its gradient is added to the delayed one
-            from above and goes on down with it. 0: no heads; 1 is the recipe for smooth streams.
+            from above. 0: no heads.
+        fresh: take that gradient with the forward, so that it is of the newest frame and stays in its stage; one more
+            pass through the stage's graph per frame. False: with the backward of the same frame, in the same pass, and
+            it goes on down. None: True, but False with ``recompute``, where a forward has no graph.
         head: how heads are made; see `aiotime.learning.heads.Heads`. None: a default by the shapes.
         seed: of the default heads' first weights.
         **settings: those of `aiotime.learning.rule.Rule`.
@@ -76,6 +79,7 @@ class Delayed(Rule):
         split: bool = False,
         corrections: Sequence[Correction] = (),
         local: float = 0.0,
+        fresh: bool | None = None,
         head: HeadFactory | None = None,
         seed: int = 0,
         **settings: Any,
@@ -92,7 +96,10 @@ class Delayed(Rule):
             raise ConfigurationError(f"local is a factor on the heads' losses, 0 or more, not {local}")
         if head is not None and not local:
             raise ConfigurationError("head= is for local losses: hand in their factor as well, such as local=1.0")
+        if fresh and recompute:
+            raise ConfigurationError("fresh=True needs the graph of the forward, which recompute=True does not keep")
         self.local = local
+        self.fresh = not recompute if fresh is None else fresh
         self.heads = Heads(head, seed)
         self.which = weights
         self.stashes = weights != "current"
@@ -137,7 +144,7 @@ class Delayed(Rule):
     def stage(self, site: Site) -> StageLearner:
         """Back-propagation with a choice of weights."""
         if self.local:
-            return AssistedLearner(site, self, share=self.local, heads=self.heads)
+            return AssistedLearner(site, self, share=self.local, fresh=self.fresh, heads=self.heads)
         return DelayedLearner(site, self)
 
 

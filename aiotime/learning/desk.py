@@ -340,6 +340,13 @@ class Desk:
         up, frame, _, action = self._forward[0]
         return action is None and up.done and (not self._counts(frame.ticket) or self._wants_forward())
 
+    def _gradients_pile_up(self) -> bool:
+        """Are those of the two oldest frames there?"""
+        if len(self._backward) < 2:
+            return False
+        up = self._source(self._backward[1][0])
+        return up is None or up.done
+
     def _wants_forward(self) -> bool:
         batch, ahead = self.order.batch, self.order.ahead
         if self.order.after is not None:
@@ -349,8 +356,9 @@ class Desk:
     def _wants_backward(self) -> bool:
         if self._aborted is not None:
             return True
-        if not self.order.strict:  # two in a row would starve the stages above of frames, and soon this one itself
-            return not (self._back and self._may_forward())
+        if not self.order.strict:
+            # two in a row starve the stages above of frames, and soon this one of gradients; unless those pile up
+            return not (self._back and self._may_forward()) or self._gradients_pile_up()
         if self._forward and self._forward[0][3] is not None:
             return True  # a barrier: no further forward comes before it
         return not self._wants_forward()

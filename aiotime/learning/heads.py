@@ -242,6 +242,7 @@ class Headed(StageLearner):
         self.headed = wanted and not site.top
         self.body = 0  # parameters of the stage itself
         self._restored: Mapping[str, Any] | None = None  # a checkpoint for a head that is not made yet
+        self._guess: list[int] | None = None  # shape of the model's output, where the first frame has shown it
         if self.headed and site.final is None and not waits and heads.factory is None:
             raise ConfigurationError(
                 f"stage {site.name!r}: no example shows what the model returns, so no default head can be made. "
@@ -270,6 +271,7 @@ class Headed(StageLearner):
         """Make the head that no example could show the shapes for."""
         example = pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, cut)
         self._make_head(example, ticket.final if self.heads.factory is None else None)
+        self._guess = list(ticket.final.shape) if isinstance(ticket.final, torch.Tensor) else None
         self.unformed = False
         self.updater = super().make_updater()
         if self._restored is not None:
@@ -277,6 +279,15 @@ class Headed(StageLearner):
             self.load_state_dict(dict(restored))
         assert self.head is not None
         return self.head
+
+    def form_early(self, ticket: Ticket, cut: Any) -> None:
+        """Make the head before the model's output is there, where it is not needed or a checkpoint knows its shape."""
+        if self.heads.factory is None and ticket.final is None:
+            known = None if self._restored is None else self._restored.get("guess")
+            if known is None:
+                return
+            ticket.final = torch.empty(known, device="meta")
+        self._form(ticket, cut)
 
     # ------------------------------------------------------------------ its loss
 
@@ -317,6 +328,7 @@ class Headed(StageLearner):
         state = super().state_dict()
         if self.headed:
             values = self.head.state_dict() if self.head is not None else None
+            state["guess"] = self._guess
             state["head"] = None if values is None else {name: value.detach().clone() for name, value in values.items()}
         return state
 

@@ -1,6 +1,6 @@
 """Joint: what stands between two blocks: an auxiliary variable λ for each tensor that crosses, and its multiplier κ.
 
-    block below ── x⁻ ──▶ ⋮ ◀── β/2‖λ - x⁻‖² + κᵀ(λ - x⁻) ──▶ ⋮ λ ──▶ block above
+block below ── x⁻ ──▶ ⋮ ◀── β/2‖λ - x⁻‖² + κᵀ(λ - x⁻) ──▶ ⋮ λ ──▶ block above
 """
 
 from __future__ import annotations

@@ -231,9 +231,7 @@ class StageLearner:
         if not roots or not (wanted or weights):
             return ([None] * len(entry) if self.site.passes_down else None), [None] * len(weights)
         with torch.inference_mode(mode=False):
-            grads = torch.autograd.grad(
-                roots, [*wanted, *weights], seeds, allow_unused=True, retain_graph=retain
-            )
+            grads = torch.autograd.grad(roots, [*wanted, *weights], seeds, allow_unused=True, retain_graph=retain)
         by_leaf = iter(grads)
         down = [next(by_leaf) if leaf.requires_grad else None for leaf in entry] if self.site.passes_down else None
         if not self.site.passes_down:

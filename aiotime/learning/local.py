@@ -119,7 +119,7 @@ class LocalLearner(Headed):
         grads += [None] * (len(self.weights.masters) - len(grads))
         own = self._own.pop(ticket, None)
         if own is not None:
-            grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, own, strict=True)]
+            grads = added(grads, own)
         return down, grads
 
     def roots(
@@ -152,27 +152,75 @@ class LocalLearner(Headed):
 class Assisted(Headed):
     """The loss of a head, beside the gradient that comes from above; to be put before the class of another rule.
 
+    With ``fresh`` the head's gradient is taken right behind the forward, at the weights of that forward, and goes into
+    the next update; so an update joins the newest frame's local gradient with an older frame's from above. Otherwise
+    both are those of one frame, in one backward, as late as the gradient from above.
+
     Args:
         site: the stage.
         rule: the user's settings.
         share: what the head's loss is multiplied by.
+        fresh: take the head's gradient with the forward.
         heads: how a head is made.
         **settings: for the next class in line.
     """
 
-    def __init__(self, site: Site, rule: Rule, *, share: float, heads: Heads, **settings: Any) -> None:
+    def __init__(
+        self, site: Site, rule: Rule, *, share: float, fresh: bool = False, heads: Heads, **settings: Any
+    ) -> None:
         self.share = share
+        self.fresh = fresh
+        self._fresh: list[torch.Tensor | None] | None = None  # of the frames since the last backward, added up
         super().__init__(site, rule, heads=heads, **settings)
+
+    def forward(self, ticket: Ticket, value: Any) -> Any:
+        """And, with ``fresh``, the head's gradient; where no example showed its shape, not yet for the first frames."""
+        result = super().forward(ticket, value)
+        if not self.fresh or not self.headed or ticket.late:
+            return result
+        kept = self.kept[ticket]
+        if self.head is None:
+            self.form_early(ticket, kept.extra)
+        if self.head is not None:
+            with self.recording():
+                loss = self.local_loss(ticket, kept)
+                kept.extra = None  # `roots` has nothing to add
+                seed = torch.full_like(loss, self.share * self.rule.loss_scale())
+            _, grads = self.pull_back([loss], [seed], [], kept.weights, retain=True)
+            self._fresh = grads if self._fresh is None else added(self._fresh, grads)
+        return result
+
+    def learn(self, ticket: Ticket, kept: Kept, grads: list[torch.Tensor | None]) -> None:
+        """Together with the local gradients that wait."""
+        fresh, self._fresh = self._fresh, None
+        super().learn(ticket, kept, grads if fresh is None else added(grads, fresh))
+
+    def flush(self) -> None:
+        """A local gradient without a backward behind it belongs to a frame that was lost."""
+        self._fresh = None
+        super().flush()
+
+    def reset(self) -> None:
+        """A new engine begins: nothing is in flight."""
+        self._fresh = None
+        super().reset()
 
     def roots(
         self, ticket: Ticket, kept: Kept, message: Message
     ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         """One more root: the own loss."""
         roots, seeds = super().roots(ticket, kept, message)
-        if not self.headed:
+        if not self.headed or kept.extra is None:
             return roots, seeds
         value = self.local_loss(ticket, kept)
         return [*roots, value], [*seeds, torch.full_like(value, self.share * ticket.scale)]
+
+
+def added(first: list[torch.Tensor | None], second: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The sum, parameter by parameter; None is nothing. One list may be longer: a head came with the first frame."""
+    longest = max(len(first), len(second))
+    first, second = [*first, *[None] * (longest - len(first))], [*second, *[None] * (longest - len(second))]
+    return [b if a is None else a if b is None else a + b for a, b in zip(first, second, strict=True)]
 
 
 def checked(order: Sequence) -> Sequence:

@@ -3,7 +3,8 @@
 With S stages and stage k, counted from the input:
 
     exact        ahead 0 everywhere: one frame in flight
-    event        a backward as soon as its gradient is there, forwards while at most S-1-k frames are ahead
+    event        forwards while at most S-1-k frames are ahead, a backward as soon as its gradient is there; where
+                 both could run they take turns, or the backward goes first when two gradients are there
     1f1b         S-1-k forwards first, then strictly one forward, one backward: the same on every run
     lockstep     the same with 2(S-1-k): what synchronous ticks give
     local        ahead 0: the backward is the stage's own and follows its forward at once

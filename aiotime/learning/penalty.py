@@ -1,8 +1,8 @@
 """Penalty: blocks joined by auxiliary variables λ_k, which a quadratic penalty holds close to what comes from below.
 
-    start="output"     F0 F1 … B0 F2 B1 …        as back-propagation: λ_k starts at x_k⁻, p_k comes down, λ_k moves
-    start="previous"   the same, λ_k starts where the frame before left it: each block learns from a λ of its own
-    start="aux"        F0 B0 F1 B1 F2 B2 …       on every stage: no block waits for another
+start="output"     F0 F1 … B0 F2 B1 …        as back-propagation: λ_k starts at x_k⁻, p_k comes down, λ_k moves
+start="previous"   the same, λ_k starts where the frame before left it: each block learns from a λ of its own
+start="aux"        F0 B0 F1 B1 F2 B2 …       on every stage: no block waits for another
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ class Rule(ABC):
             raise ConfigurationError('clip="global" needs the largest norm allowed: clip_norm=1.0, for instance')
         if clip == "global" and not self.without_delay:
             raise ConfigurationError(
-                f'{type(self).__name__} cannot clip by the global norm: that is known once the first stage has its '
-                "gradient, and by then later stages have updated from newer frames. Use clip=\"stage\" (with S stages, "
+                f"{type(self).__name__} cannot clip by the global norm: that is known once the first stage has its "
+                'gradient, and by then later stages have updated from newer frames. Use clip="stage" (with S stages, '
                 "clip_norm / sqrt(S) bounds the whole), or a rule without delay: Exact, Synchronous"
             )
         if update_every < 1:

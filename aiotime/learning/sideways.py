@@ -1,9 +1,9 @@
 """Sideways: the lock-step rule of PARTIME: the newest activation meets the gradient of an older frame.
 
-    tick        0    1    2    3    4    5    6          S = 3; "3|1": activation of frame 3, gradient of frame 1
-    stage 0     0    1    2    3   4|0  5|1  6|2         mismatch 4 = 2(S-1-k)
-    stage 1          0    1   2|0  3|1  4|2  5|3                  2
-    stage 2              0|0  1|1  2|2  3|3  4|4                  0
+tick        0    1    2    3    4    5    6          S = 3; "3|1": activation of frame 3, gradient of frame 1
+stage 0     0    1    2    3   4|0  5|1  6|2         mismatch 4 = 2(S-1-k)
+stage 1          0    1   2|0  3|1  4|2  5|3                  2
+stage 2              0|0  1|1  2|2  3|3  4|4                  0
 """
 
 from __future__ import annotations

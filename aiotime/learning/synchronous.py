@@ -1,13 +1,13 @@
 """Synchronous: M consecutive frames are a mini-batch; one update for it, with the gradient of the whole batch.
 
-    S = 4, M = 4; a backward takes two ticks; "·": idle
+S = 4, M = 4; a backward takes two ticks; "·": idle
 
-    gpipe     stage 0   F0 F1 F2 F3 ·  ·  ·  ·  ·  ·  ·  ·  ·  B0 .. B1 .. B2 .. B3 ..
-              stage 3   ·  ·  ·  F0 F1 F2 F3 B0 .. B1 .. B2 .. B3 ..
-    1f1b      stage 0   F0 F1 F2 F3 ·  ·  ·  ·  ·  ·  B0 .. ·  B1 .. ·  B2 .. ·  B3 ..
-              stage 3   ·  ·  ·  F0 B0 .. F1 B1 .. F2 B2 .. F3 B3 ..
-    chimera   device 0  F0 F2 ·  F1 B1 .. F3 B3 .. ·  B0 .. ·  ·  B2 ..    stage 0 (frames 0, 2), 3 (frames 1, 3)
-              device 3  F1 F3 ·  F0 B0 .. F2 B2 .. ·  B1 .. ·  ·  B3 ..    stage 3 (frames 0, 2), 0 (frames 1, 3)
+gpipe     stage 0   F0 F1 F2 F3 ·  ·  ·  ·  ·  ·  ·  ·  ·  B0 .. B1 .. B2 .. B3 ..
+          stage 3   ·  ·  ·  F0 F1 F2 F3 B0 .. B1 .. B2 .. B3 ..
+1f1b      stage 0   F0 F1 F2 F3 ·  ·  ·  ·  ·  ·  B0 .. ·  B1 .. ·  B2 .. ·  B3 ..
+          stage 3   ·  ·  ·  F0 B0 .. F1 B1 .. F2 B2 .. F3 B3 ..
+chimera   device 0  F0 F2 ·  F1 B1 .. F3 B3 .. ·  B0 .. ·  ·  B2 ..    stage 0 (frames 0, 2), 3 (frames 1, 3)
+          device 3  F1 F3 ·  F0 B0 .. F2 B2 .. ·  B1 .. ·  ·  B3 ..    stage 3 (frames 0, 2), 0 (frames 1, 3)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Updater: from gradients to new weights: accumulation, guard, clipping, corrections, optimizer, scheduler.
 
-    add(grads) … add(grads) ─▶ mean ─▶ finite? ─▶ clip ─▶ optimizer.step ─▶ scheduler.step
-                                        └ no: skip, count, say so
+add(grads) … add(grads) ─▶ mean ─▶ finite? ─▶ clip ─▶ optimizer.step ─▶ scheduler.step
+                                    └ no: skip, count, say so
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class Ledger:
         at = storage.data_ptr()
         self.held[at] = self.held.get(at, 0) + 1
         self.nbytes[at] = storage.nbytes()
-        saved = _Saved(tensor)
+        saved = _Saved(tensor.detach())  # an output as it is would hold the graph that holds it
         weakref.finalize(saved, self._let_go, at)
         return saved
 

@@ -128,7 +128,7 @@ EVERY: dict[str, Callable[[], Rule]] = {
     "double-buffered": lambda: Delayed(order="1f1b", weights="double-buffered", update_every=4, **SETTINGS),
     "predicted": lambda: Delayed(order="1f1b", weights="predicted", **SETTINGS),
     "local": lambda: Local(**SETTINGS),
-    "interlocking": lambda: Interlocking(2, **SETTINGS),
+    "interlocking": lambda: Interlocking(2, order="1f1b", **SETTINGS),
     "penalty": lambda: Penalty(beta=0.1, order="1f1b", **SETTINGS),
     "augmented lagrangian": lambda: AugmentedLagrangian(beta=0.1, order="1f1b", **SETTINGS),
     "block admm": lambda: BlockADMM(rho=0.1, order="1f1b", **SETTINGS),

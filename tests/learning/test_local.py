@@ -234,12 +234,22 @@ async def test_checkpoints_hold_the_heads(tmp_path: Path, known: bool) -> None:
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize(
     ("place", "settings"),
-    [("cpu", {}), ("simulated", {}), ("shared", {"recompute": True}), ("cpu", {"split": True})],
+    [
+        ("cpu", {}),
+        ("simulated", {}),
+        ("cpu", {"split": True}),
+        ("cpu", {"fresh": False}),
+        ("simulated", {"fresh": False}),
+        ("shared", {"recompute": True}),
+        ("cpu", {"split": True, "fresh": False}),
+    ],
 )
 async def test_a_local_loss_beside_the_delayed_gradient_equals_a_reference(
     place: str, settings: dict[str, Any], known: bool
 ) -> None:
-    """Also with recomputation, with the split backward, and with heads that are made while frames are under way."""
+    """Fresh or as late as the gradient from above; also with recomputation, with the split backward, and with heads
+    that are made while frames are under way.
+    """
     xs, ys = stream(20)
     rule = Delayed(
         loss=functional.cross_entropy, optimizer=OPTIMIZERS["adam"], order="1f1b", local=0.5, seed=3, **settings
@@ -255,7 +265,9 @@ async def test_a_local_loss_beside_the_delayed_gradient_equals_a_reference(
     model = ribbon(4)
     parts = pieces(model, [2] * 4)
     heads = heads_for(parts, xs[0], seed=3)
-    losses = assisted(parts, heads, xs, ys, functional.cross_entropy, OPTIMIZERS["adam"], share=0.5)
+    fresh = settings.get("fresh", "recompute" not in settings)
+    adam = OPTIMIZERS["adam"]
+    losses = assisted(parts, heads, xs, ys, functional.cross_entropy, adam, share=0.5, fresh=fresh, blind=not known)
     assert [pred.loss for pred in found] == pytest.approx(losses, abs=1e-6)
     assert found[10].delay == (3, 2, 1, 0)
     values = pipeline.state_dict().values()

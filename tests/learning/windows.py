@@ -95,6 +95,8 @@ def assisted(
     optimizer: Callable[[Any], torch.optim.Optimizer],
     *,
     share: float,
+    fresh: bool = False,
+    blind: bool = False,
 ) -> list[float]:
     """Pipelined back-propagation, S-1-k late at stage k, with ``share`` times the loss of each head beside it.
 
@@ -109,6 +111,8 @@ def assisted(
         loss: ``(output, target) -> 0-dim tensor``.
         optimizer: ``params -> Optimizer``, one per stage.
         share: factor on the heads' losses.
+        fresh: a head is evaluated with the forward, for the weights alone; its gradient goes into the next update.
+        blind: a head is made with the stage's first backward; frames before that have no fresh gradient.
     """
     last = len(parts) - 1
     params = [dict(part.named_parameters()) for part in parts]
@@ -116,18 +120,21 @@ def assisted(
     optimizers = [optimizer([*own.values(), *top]) for own, top in zip(params, tops, strict=True)]
     waiting: list[deque[tuple[int, torch.Tensor, torch.Tensor, list[torch.Tensor]]]] = [deque() for _ in parts]
     messages: dict[int, torch.Tensor] = {}
+    newest: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in parts]
     losses = []
 
     def backward(k: int) -> None:
         t, x, y, used = waiting[k].popleft()
         roots, seeds = [y], [messages.pop(t, None)]
-        if k < last:
+        if k < last and (not fresh or (blind and t <= last - k)):
             roots.append(loss(heads[k](y), targets[t]))
             seeds.append(torch.tensor(share))
-        found = torch.autograd.grad(roots, [x, *used, *tops[k]], seeds)
+        found = torch.autograd.grad(roots, [x, *used, *tops[k]], seeds, allow_unused=True)
         messages[t] = found[0]
-        for p, grad in zip([*params[k].values(), *tops[k]], found[1:], strict=True):
-            p.grad = grad
+        for at, (p, grad) in enumerate(zip([*params[k].values(), *tops[k]], found[1:], strict=True)):
+            terms = [extra[at] for extra in newest[k]] + ([] if grad is None else [grad])
+            p.grad = torch.stack(terms).sum(0) if terms else None
+        newest[k].clear()
         optimizers[k].step()
 
     for t, frame in enumerate(frames):
@@ -141,6 +148,9 @@ def assisted(
             y = torch.func.functional_call(part, used, (x,))
             if k == last:
                 y = loss(y, targets[t])
+            elif fresh and not (blind and t <= last - k):
+                guess = share * loss(heads[k](y), targets[t])
+                newest[k].append(torch.autograd.grad(guess, [*used.values(), *tops[k]], retain_graph=True))
             waiting[k].append((t, x, y, list(used.values())))
         losses.append(float(y.detach()))
     for _ in frames:

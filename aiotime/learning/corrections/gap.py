@@ -63,9 +63,7 @@ class _Damper(Corrector):
             return grads
         start = 1 - self._decay**self._seen
         found: Maybe = []
-        rows = zip(
-            grads, used, self._squares, self.place.weights.masters, self.place.groups(), strict=True
-        )
+        rows = zip(grads, used, self._squares, self.place.weights.masters, self.place.groups(), strict=True)
         for grad, then, square, now, group in rows:
             if grad is None or group is None:
                 found.append(grad)
