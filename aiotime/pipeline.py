@@ -239,9 +239,7 @@ class Pipeline:
         self._last_stats: Stats | None = None
         self._paused = False
 
-    def _teach(
-        self, learner: Rule | None, specs: list[StageSpec], *, again: Callable[[], list[Piece]] = list
-    ) -> None:
+    def _teach(self, learner: Rule | None, specs: list[StageSpec], *, again: Callable[[], list[Piece]] = list) -> None:
         """Give the stages that learn their hands; ``again`` makes further pieces, for a rule that wants replicas."""
         self._learner = learner
         if learner is None:
@@ -627,9 +625,7 @@ class Pipeline:
 
     # ------------------------------------------------------------------ checkpoints
 
-    async def checkpoint(
-        self, path: str | PathLike[str], *, position: Any = None, rng: bool = False
-    ) -> Checkpoint:
+    async def checkpoint(self, path: str | PathLike[str], *, position: Any = None, rng: bool = False) -> Checkpoint:
         """Save weights, optimizers, rule state and position, at one cut through the stream, into the folder ``path``.
 
         Every frame that entered before is learned from first (gathered gradients stay gathered), none after it is

@@ -35,7 +35,7 @@ from aiotime.devices.links import link
 from aiotime.devices.poller import Pace, Poller
 from aiotime.devices.staging import map_leaves
 from aiotime.devices.worker import Worker, WorkerStream
-from aiotime.errors import ConfigurationError
+from aiotime.errors import BrokenError, ConfigurationError
 from aiotime.frame import Frame
 
 ROUNDS = 5  # of a measurement
@@ -101,7 +101,10 @@ class AcceleratorStream(WorkerStream):
     def _take(self, worker: Worker, agenda: Agenda) -> Job | None:
         lane: Lane | None = getattr(self._own, "lane", None)
         if lane is not None:
-            lane.retire()
+            try:
+                lane.make_room()  # first, so that the agenda decides as late as it can: more gradients are there by then
+            except BrokenError:
+                pass  # the job is told
         job = super()._take(worker, agenda)
         if job is None or job[4] is None:
             return job

@@ -75,7 +75,7 @@ class Lane:
         value = up.value
         held: list[Any] = [value]
         try:
-            self._make_room()
+            self.make_room()
             if before is not None:
                 before.hold_back(self.compute)
             value = self._bring(value, before, held)
@@ -212,7 +212,8 @@ class Lane:
 
     # ------------------------------------------------------------------ bounds and failures
 
-    def _make_room(self) -> None:
+    def make_room(self) -> None:
+        """Wait until fewer than ``ahead`` launches are unfinished. Raises BrokenError when the device has failed."""
         self.retire()
         if self.accelerator.broken:
             raise self.accelerator.fault()

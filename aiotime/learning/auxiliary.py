@@ -29,6 +29,7 @@ from aiotime.learning.joint import Joint, Tensors, has_gradient, plain, wide
 from aiotime.learning.learner import Kept, Message, Site, StageLearner
 from aiotime.learning.order import Order, event, one_forward_one_backward
 from aiotime.learning.rule import Rule
+from aiotime.learning.settings import whole_number
 from aiotime.learning.ticket import Ticket
 from aiotime.learning.update import OptimizerFactory
 
@@ -60,8 +61,7 @@ class AuxiliaryRule(Rule):
             raise ConfigurationError(f"beta, the weight of the penalty, must be positive, not {beta}")
         if rate is not None and not (rate > 0 and math.isfinite(rate)):
             raise ConfigurationError(f"rate, the step of the auxiliary variables, must be positive, not {rate}")
-        if sweeps < 1:
-            raise ConfigurationError(f"sweeps is a number of steps per frame from 1, not {sweeps}")
+        whole_number("sweeps", sweeps, "a number of steps per frame")
         if start not in ("output", "previous", "aux"):
             raise ConfigurationError(f'start must be "output", "previous" or "aux", not {start!r}')
         if not (aux is None or aux == "linear" or callable(aux)):

@@ -24,6 +24,7 @@ from aiotime.learning.joint import Joint, Tensors, plain, wide
 from aiotime.learning.learner import Kept, Message, Site, StageLearner
 from aiotime.learning.order import Order
 from aiotime.learning.rule import Rule
+from aiotime.learning.settings import whole_number
 from aiotime.learning.ticket import Ticket
 
 
@@ -73,8 +74,7 @@ class BlockADMM(Rule):
             raise ConfigurationError(f"rho, the weight of the constraint, must be positive, not {rho}")
         if rate is not None and not (rate > 0 and math.isfinite(rate)):
             raise ConfigurationError(f"rate, the step of the auxiliary variables, must be positive, not {rate}")
-        if inner_steps < 1:
-            raise ConfigurationError(f"inner_steps is a number of steps from 1, not {inner_steps}")
+        whole_number("inner_steps", inner_steps, "a number of steps")
         if not (prox >= 0 and math.isfinite(prox)):
             raise ConfigurationError(f"prox must not be negative, not {prox}")
         if order not in ORDERS:

@@ -38,6 +38,14 @@ class Barrier:
             self.done.set_result(None)
 
 
+def _hashable(key: Any) -> bool:
+    try:
+        hash(key)
+    except TypeError:
+        return False
+    return True
+
+
 class Course:
     """What the engine keeps of learning.
 
@@ -83,10 +91,10 @@ class Course:
                     frame=frame.index,
                     key=frame.key,
                 )
-            if frame.key is None:
+            if frame.key is None or not _hashable(frame.key):
                 raise InputError(
-                    f"frame {frame.index} was refused: a target that comes later is found by its key; "
-                    "yield Sample(x, target=LATER, key=...)",
+                    f"frame {frame.index} was refused: a target that comes later is found by its key, and "
+                    f"{frame.key!r} cannot be one; yield Sample(x, target=LATER, key=...)",
                     frame=frame.index,
                 )
         learn = late or target is not None or not self.rule.supervised
@@ -121,8 +129,11 @@ class Course:
         """The target of a late frame; returns its loss once every stage has learned from it.
 
         Raises:
-            FeedbackError: no such frame is kept (any more), or it had failed.
+            FeedbackError: no such frame is kept (any more), it had failed, or the loss refuses the target: the frame's
+                graph is gone then, too.
         """
+        if target is None or target is LATER:
+            raise FeedbackError(f"the target for key {key!r} is {target!r}; hand in what the loss is to compare with")
         ticket = self._late.pop(key, None)
         if ticket is None:
             raise FeedbackError(

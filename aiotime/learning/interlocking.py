@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from aiotime.errors import ConfigurationError
 from aiotime.learning.heads import HeadFactory, Heads
 from aiotime.learning.learner import Site, StageLearner
 from aiotime.learning.local import LocalLearner, Sequence, checked
 from aiotime.learning.order import Order, interlocking
 from aiotime.learning.rule import Rule
+from aiotime.learning.settings import whole_number
 
 
 class Interlocking(Rule):
@@ -47,8 +47,7 @@ class Interlocking(Rule):
         self, n: int, *, order: Sequence = "event", head: HeadFactory | None = None, seed: int = 0, **settings: Any
     ) -> None:
         super().__init__(**settings)
-        if n < 1:
-            raise ConfigurationError(f"n is the number of stages a gradient may pass through, from 1, not {n}")
+        whole_number("n", n, "the number of stages a gradient may pass through,")
         self.n = n
         self.sequence = checked(order)
         self.heads = Heads(head, seed)

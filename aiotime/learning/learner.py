@@ -249,6 +249,8 @@ class StageLearner:
         self.scale = ticket.scale
         if self.rule.order(self.site.index, self.site.stages).batch is None and updater.due:
             self.update(ticket.scale)
+        if updater.gathered == 1 and self.site.device.type != "cpu":
+            updater.own()  # a gradient may be the message itself, whose memory belongs to another stream
 
     def update(self, scale: float | None = None) -> None:
         """New weights; ``scale``: that of the gradients gathered, by default the newest one's."""

@@ -182,13 +182,19 @@ class Assisted(Headed):
         if self.head is None:
             self.form_early(ticket, kept.extra)
         if self.head is not None:
-            with self.recording():
-                loss = self.local_loss(ticket, kept)
-                kept.extra = None  # `roots` has nothing to add
-                seed = torch.full_like(loss, self.share * self.rule.loss_scale())
-            _, grads = self.pull_back([loss], [seed], [], kept.weights, retain=True)
+            try:
+                grads = self._head_gradients(ticket, kept)
+            except Exception:  # noqa: BLE001 - the backward meets it again and tells; the prediction is not held back
+                return result
+            kept.extra = None  # `roots` has nothing to add
             self._fresh = grads if self._fresh is None else added(self._fresh, grads)
         return result
+
+    def _head_gradients(self, ticket: Ticket, kept: Kept) -> list[torch.Tensor | None]:
+        with self.recording():
+            loss = self.local_loss(ticket, kept)
+            seed = torch.full_like(loss, self.share * self.rule.loss_scale())
+        return self.pull_back([loss], [seed], [], kept.weights, retain=True)[1]
 
     def learn(self, ticket: Ticket, kept: Kept, grads: list[torch.Tensor | None]) -> None:
         """Together with the local gradients that wait."""

@@ -5,7 +5,6 @@ A rule is two small things: an order of jobs for each stage (`order`) and a pair
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 from aiotime.errors import ConfigurationError, InputError
 from aiotime.learning.learner import Site, StageLearner, check_target
 from aiotime.learning.order import Order
+from aiotime.learning.settings import check_optimizer, check_scheduler, takes_target, whole_number
 from aiotime.learning.update import OptimizerFactory, ParamGroups, SchedulerFactory, Updater
 from aiotime.learning.weights import Weights
 
@@ -41,6 +41,7 @@ class Rule(ABC):
         precision: ``torch.bfloat16`` or ``torch.float16``: forward under autocast.
         late: frames whose targets may still come (`LATER`); their graphs are kept, the oldest are given up.
         idle: seconds without a new frame after which a strict order finishes what it has; None: only at the end.
+        supervised: ``loss`` takes a target; None: seen from its signature.
     """
 
     def __init__(
@@ -57,14 +58,12 @@ class Rule(ABC):
         precision: torch.dtype | None = None,
         late: int = 64,
         idle: float | None = 1.0,
+        supervised: bool | None = None,
     ) -> None:
         if not callable(loss):
             raise ConfigurationError(f"loss must be a callable (output, target) or (output), not {loss!r}")
-        if isinstance(optimizer, torch.optim.Optimizer):
-            raise ConfigurationError(
-                "optimizer must be a callable params -> Optimizer, since each stage gets its own; "
-                f"use functools.partial(torch.optim.{type(optimizer).__name__}, ...)"
-            )
+        check_optimizer(optimizer)
+        check_scheduler(scheduler)
         if clip_norm is not None and not clip_norm > 0:
             raise ConfigurationError(f"clip_norm must be positive, not {clip_norm}")
         if clip not in ("stage", "global"):
@@ -77,12 +76,10 @@ class Rule(ABC):
                 'gradient, and by then later stages have updated from newer frames. Use clip="stage" (with S stages, '
                 "clip_norm / sqrt(S) bounds the whole), or a rule without delay: Exact, Synchronous"
             )
-        if update_every < 1:
-            raise ConfigurationError(f"update_every is a number of frames from 1, not {update_every}")
+        whole_number("update_every", update_every, "a number of frames")
+        whole_number("late", late, "a number of frames", least=0)
         if precision not in (None, torch.bfloat16, torch.float16):
             raise ConfigurationError(f"precision must be torch.bfloat16 or torch.float16, not {precision}")
-        if late < 0:
-            raise ConfigurationError(f"late is a number of frames, not {late}")
         if idle is not None and not idle > 0:
             raise ConfigurationError(f"idle must be positive seconds or None, not {idle}")
         self.loss = loss
@@ -96,7 +93,7 @@ class Rule(ABC):
         self.precision = precision
         self.late = late
         self.idle = idle
-        self.supervised = _takes_target(loss)
+        self.supervised = takes_target(loss) if supervised is None else supervised
 
     # ------------------------------------------------------------------ what a rule says
 
@@ -187,8 +184,9 @@ class Rule(ABC):
             value: Any = self.loss(output, target) if self.supervised else self.loss(output)
         except Exception as error:
             raise check_target(output, target, error, frame=frame, key=key) from error
-        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        if not isinstance(value, torch.Tensor) or value.numel() != 1 or value.is_complex():
             shape = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            shape = "a complex number" if isinstance(value, torch.Tensor) and value.is_complex() else shape
             raise InputError(
                 f"frame {frame}: the loss returned {shape}, not one number; reduce it, for instance with .mean()",
                 frame=frame,
@@ -215,16 +213,3 @@ def _moved(target: Any, device: torch.device) -> Any:
         return leaf if leaf.device == device else leaf.to(device, non_blocking=True)
 
     return move(target) if isinstance(target, torch.Tensor) else pytree.tree_map(move, target)
-
-
-def _takes_target(loss: Loss) -> bool:
-    """Whether ``loss`` needs a second positional argument; where that cannot be seen, it does."""
-    try:
-        parameters = list(inspect.signature(loss).parameters.values())
-    except (TypeError, ValueError):
-        return True
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return True
-    required = [p for p in positional if p.default is p.empty]
-    return len(required) >= 2

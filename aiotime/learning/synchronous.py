@@ -20,6 +20,7 @@ from aiotime.learning.learner import Site, StageLearner
 from aiotime.learning.norm import WholeNormLearner
 from aiotime.learning.order import Order
 from aiotime.learning.rule import Rule
+from aiotime.learning.settings import whole_number
 
 Schedule = Literal["gpipe", "1f1b", "chimera"]
 
@@ -56,8 +57,7 @@ class Synchronous(Rule):
 
     def __init__(self, *, micro_batches: int, schedule: Schedule = "1f1b", **settings: Any) -> None:
         super().__init__(**settings)
-        if micro_batches < 1:
-            raise ConfigurationError(f"micro_batches is a number of frames from 1, not {micro_batches}")
+        whole_number("micro_batches", micro_batches, "a number of frames")
         if schedule not in ("gpipe", "1f1b", "chimera"):
             raise ConfigurationError(f'schedule must be "gpipe", "1f1b" or "chimera", not {schedule!r}')
         if schedule == "chimera" and micro_batches % 2:

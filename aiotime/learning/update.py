@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from aiotime.errors import ConfigurationError
+from aiotime.learning.settings import made_scheduler
 from aiotime.learning.weights import Weights
 from aiotime.observe.log import get_logger
 
@@ -77,7 +78,24 @@ class Updater:
                 f"stage {stage!r}: optimizer(params) returned a {type(self.optimizer).__name__}, "
                 "not a torch.optim.Optimizer"
             )
-        self.scheduler = scheduler(self.optimizer) if scheduler is not None else None
+        self._check_groups()
+        self.scheduler = made_scheduler(scheduler(self.optimizer), stage=stage) if scheduler is not None else None
+
+    def _check_groups(self) -> None:
+        """The optimizer has the stage's parameters, all of them and no others."""
+        own = {id(master): name for name, master in zip(self.weights.names, self.weights.masters, strict=True)}
+        given = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        if given - own.keys():
+            raise ConfigurationError(
+                f"stage {self.stage!r}: the optimizer got {len(given - own.keys())} parameters of somebody else; "
+                "make groups of those that param_groups is called with, not of the model's"
+            )
+        left_out = [name for at, name in own.items() if at not in given]
+        if left_out:
+            raise ConfigurationError(
+                f"stage {self.stage!r}: the optimizer did not get {', '.join(left_out)}; "
+                "what shall not be learned is frozen with requires_grad_(False)"
+            )
 
     def add(self, grads: Sequence[torch.Tensor | None]) -> None:
         """Take one gradient per parameter (None: the frame did not use it)."""
@@ -94,6 +112,10 @@ class Updater:
     def due(self) -> bool:
         """Enough gradients for an update."""
         return self.gathered >= self.every
+
+    def own(self) -> None:
+        """Keep copies of what was added so far."""
+        self._sum = [None if grad is None else grad.clone() for grad in self._sum]
 
     def take(self) -> tuple[list[torch.Tensor | None], int]:
         """(sum of what was added, how many); nothing is left."""
@@ -173,7 +195,8 @@ class Updater:
         elif self.clip_norm is not None and norm > self.clip_norm:
             for at, grad in enumerate(grads):
                 if grad is not None:
-                    grads[at] = grad * (self.clip_norm / (norm + 1e-6))
+                    # in single precision, as torch.nn.utils.clip_grad_norm_ has it
+                    grads[at] = grad * (self.clip_norm / (torch.tensor(norm, device=grad.device) + 1e-6))
         return True
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,6 +20,11 @@ from benchmarks.learning.streams import STREAMS
 from benchmarks.learning.study import Study
 from benchmarks.learning.tuning import Round
 
+NETWORKS = {
+    "plain": "A layer of 64 per stage but no fewer than four (video: 3×3 convolutions of 16 channels), first weights as "
+    "torch has them",
+    "deep": "8 layers of 64 for every number of stages (video: 3×3 convolutions of 16 channels), He's first weights",
+}
 RIVER = ("phishing", "bananas", "image-segments", "trump-approval")
 
 
@@ -30,6 +35,12 @@ def main() -> None:
     options.add_argument("--processes", type=int, help="of accuracy and correlation; by default one per core")
     options.add_argument("--scale", type=float, default=1.0, help="of the streams' lengths (accuracy)")
     options.add_argument("--streams", nargs="+", choices=list(STREAMS), help="of accuracy; by default all")
+    options.add_argument(
+        "--network",
+        choices=("plain", "deep"),
+        default="plain",
+        help="deep: eight layers for every number of stages, He's first weights (accuracy and correlation)",
+    )
     arguments = options.parse_args()
     for part in arguments.parts:
         if part not in PARTS:
@@ -44,7 +55,7 @@ def _own(arguments: argparse.Namespace, part: str) -> argparse.Namespace:
     own = copy.copy(arguments)
     if own.save is not None:
         label = own.save or f"{machine()['cores']}-cores"
-        own.save = f"{label}-{part}"
+        own.save = f"{label}-{part}{'-deep' if own.network == 'deep' else ''}"
     return own
 
 
@@ -70,12 +81,14 @@ def run_accuracy(arguments: argparse.Namespace) -> None:
     elif arguments.streams:
         sizes = accuracy.Sizes(scale=arguments.scale, streams=tuple(arguments.streams))
     missing = [name for name in sizes.streams if name in RIVER and importlib.util.find_spec("river") is None]
-    sizes = replace(sizes, streams=tuple(name for name in sizes.streams if name not in missing))
+    sizes = replace(
+        sizes, network=arguments.network, streams=tuple(name for name in sizes.streams if name not in missing)
+    )
     report = Report(
         __file__,
         question=f"{question} Accuracy.",
-        setup="8 layers of 64 (video: 8 convolutions of 16 channels), batch 1, predict, then learn, frame by frame, in "
-        "the pipeline itself. Every rule is tuned alike, on other seeds and frames.",
+        setup=f"{NETWORKS[arguments.network]}, batch 1; predict, then learn, frame by frame, in the pipeline itself. "
+        "Every rule is tuned alike, on other seeds and frames.",
         arguments=arguments,
     )
     if missing:
@@ -89,10 +102,12 @@ def run_correlation(arguments: argparse.Namespace) -> None:
     sizes = correlation.Sizes()
     if arguments.quick:
         sizes = correlation.Sizes(lengths=(1, 8), frames=50, settings=1, seeds=(0, 1))
+    sizes = replace(sizes, network=arguments.network)
     report = Report(
         __file__,
         question=f"{question} Accuracy against the stream's correlation length.",
         setup=f"{correlation.STREAM}: scenes of n frames that blend one digit into another of its class, then a cut. "
+        f"{NETWORKS[arguments.network]}. "
         f"{correlation.STAGES} stages, {len(correlation.SETTINGS)} settings tried for every rule and length on other "
         "seeds.",
         arguments=arguments,

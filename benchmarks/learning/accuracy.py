@@ -12,7 +12,7 @@ from benchmarks.learning.rules import BY_NAME, DEFAULT, EXACT, RECOMMENDED, ROWS
 from benchmarks.learning.streams import STREAMS
 from benchmarks.learning.study import Study
 from benchmarks.learning.trial import BLOCK, Outcome, Trial
-from benchmarks.learning.tuning import Round, Setting, around, grid, stages_of, tune
+from benchmarks.learning.tuning import Network, Round, Setting, around, grid, planned, tune
 
 STAGES = (2, 4, 8)
 SMOOTH, PLAIN = "digits-smooth", "digits"
@@ -42,6 +42,7 @@ class Sizes:
         streams: their names, or all.
         rows: rules of the tables.
         stages: numbers of stages.
+        network: see `benchmarks.learning.tuning.planned`.
     """
 
     scale: float = 1.0
@@ -51,6 +52,7 @@ class Sizes:
     streams: tuple[str, ...] = tuple(STREAMS)
     rows: tuple[Row, ...] = ROWS
     stages: tuple[int, ...] = STAGES
+    network: Network = "plain"
 
     def frames(self, stream: str) -> int:
         """Of a run that counts."""
@@ -78,6 +80,7 @@ def measure(study: Study, sizes: Sizes) -> Found:
                 sizes.cut(sizes.rounds, stream),
                 stream=stream,
                 stages=stages,
+                network=sizes.network,
                 what=f"tuning on {stream}, {stages} stages",
             )
     for stream in sizes.streams:
@@ -89,6 +92,7 @@ def measure(study: Study, sizes: Sizes) -> Found:
                 sizes.cut(sizes.near, stream),
                 stream=stream,
                 stages=4,
+                network=sizes.network,
                 what=f"tuning on {stream}",
             )
     trials: dict[tuple[str, str, int], tuple[Setting, Trial]] = {}
@@ -96,8 +100,6 @@ def measure(study: Study, sizes: Sizes) -> Found:
         for row in sizes.rows if stream == SMOOTH else everywhere:
             for stages in sizes.stages:
                 setting = chosen.get((stream, stages), chosen[stream, 4])[row]
-                if row.name == EXACT:
-                    setting = chosen[stream, 4][row]
                 trial = _trial(sizes, stream, row, stages, setting)
                 trials[stream, row.name, stages] = setting, trial
     outcomes = study.run((trial for _, trial in trials.values()), what="the tables")
@@ -105,16 +107,8 @@ def measure(study: Study, sizes: Sizes) -> Found:
 
 
 def _trial(sizes: Sizes, stream: str, row: Row, stages: int, setting: Setting) -> Trial:
-    return Trial(
-        stream,
-        sizes.frames(stream),
-        row.name,
-        stages_of(row, stages),
-        setting.optimizer,
-        setting.rate,
-        setting.knob,
-        sizes.seeds,
-    )
+    frames = sizes.frames(stream)
+    return planned(row, setting, stream=stream, frames=frames, stages=stages, seeds=sizes.seeds, network=sizes.network)
 
 
 def default_rule(study: Study, sizes: Sizes) -> dict[str, Outcome]:

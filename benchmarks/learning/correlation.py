@@ -11,7 +11,7 @@ from benchmarks.learning import pictures
 from benchmarks.learning.rules import BY_NAME, EXACT, RECOMMENDED, SIDEWAYS
 from benchmarks.learning.study import Study
 from benchmarks.learning.trial import Outcome, Trial
-from benchmarks.learning.tuning import Round, Setting, stages_of, tune
+from benchmarks.learning.tuning import Network, Round, Setting, planned, tune
 
 STREAM, STAGES = "digits-smooth", 4
 RULES = (EXACT, RECOMMENDED, "local heads", "delayed 1f1b, predicted", "delayed 1f1b", "delayed lockstep", SIDEWAYS)
@@ -32,6 +32,7 @@ class Sizes:
     tuning: int = 1_000
     settings: int = len(SETTINGS)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    network: Network = "plain"
 
 
 def report_all(report: Report, study: Study, sizes: Sizes) -> None:
@@ -46,19 +47,19 @@ def report_all(report: Report, study: Study, sizes: Sizes) -> None:
             stream=STREAM,
             stages=STAGES,
             per_digit=length,
+            network=sizes.network,
             what=f"tuning at {length} frames per scene",
         )
         for row, setting in chosen.items():
-            trials[row.name, length] = Trial(
-                STREAM,
-                sizes.frames,
-                row.name,
-                stages_of(row, STAGES),
-                setting.optimizer,
-                setting.rate,
-                setting.knob,
-                sizes.seeds,
-                length,
+            trials[row.name, length] = planned(
+                row,
+                setting,
+                stream=STREAM,
+                frames=sizes.frames,
+                stages=STAGES,
+                seeds=sizes.seeds,
+                per_digit=length,
+                network=sizes.network,
             )
     ran = study.run(trials.values(), what="correlation lengths")
     outcomes = {key: ran[trial] for key, trial in trials.items()}

@@ -1,7 +1,7 @@
 """The networks of the study: members that share nothing, one seed each, side by side in the same tensors.
 
-    frame (members, rows, features)  ──▶ 8 layers ──▶ (members, rows, outputs)
-    frame (1, members x channels, height, width) ──▶ 8 layers ──▶ (members, 1, classes) or a picture
+    frame (members, rows, features)  ──▶ layers ──▶ (members, rows, outputs)
+    frame (1, members x channels, height, width) ──▶ layers ──▶ (members, 1, classes) or a picture
 
 Five seeds in one pipeline cost little more than one: at these sizes a frame's price is the number of operations. Every
 optimizer and correction used here works element by element, the loss is the sum over the members, and the guard that
@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-LAYERS = 8
 WIDTH = 64
 CHANNELS = 16
+Law = Literal["torch", "he", "zero"]  # of first weights: nn.Linear's own, He's for rectified layers, none
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +65,15 @@ class Task:
 
 
 class MemberLinear(nn.Module):
-    """(E, rows, inputs) ↦ (E, rows, outputs), a matrix per member; He's initialisation, or zeros."""
+    """(E, rows, inputs) ↦ (E, rows, outputs), a matrix per member."""
 
     def __init__(
-        self, inputs: int, outputs: int, seeds: Sequence[int], *, place: int, rectify: bool = False, zero: bool = False
+        self, inputs: int, outputs: int, seeds: Sequence[int], *, place: int, law: Law = "torch", rectify: bool = False
     ) -> None:
         super().__init__()
-        gain = 0.0 if zero else (2.0 if rectify else 1.0) ** 0.5 / inputs**0.5
-        self.weight = nn.Parameter(_drawn((inputs, outputs), seeds, place) * gain)  # (E, inputs, outputs)
-        self.bias = nn.Parameter(torch.zeros(len(seeds), 1, outputs))
+        weight, bias = _first((outputs, inputs), seeds, place, law)
+        self.weight = nn.Parameter(weight.mT.contiguous())  # (E, inputs, outputs)
+        self.bias = nn.Parameter(bias[:, None])  # (E, 1, outputs)
         self.rectify = rectify
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -92,16 +92,15 @@ class MemberConv(nn.Module):
         seeds: Sequence[int],
         *,
         place: int,
+        law: Law = "torch",
         size: int = 3,
         stride: int = 1,
         rectify: bool = False,
-        zero: bool = False,
     ) -> None:
         super().__init__()
-        gain = 0.0 if zero else (2.0 if rectify else 1.0) ** 0.5 / (inputs * size * size) ** 0.5
-        drawn = _drawn((outputs, inputs, size, size), seeds, place) * gain
-        self.weight = nn.Parameter(drawn.flatten(0, 1))
-        self.bias = nn.Parameter(torch.zeros(len(seeds) * outputs))
+        weight, bias = _first((outputs, inputs, size, size), seeds, place, law)
+        self.weight = nn.Parameter(weight.flatten(0, 1))  # (E x outputs, inputs, size, size)
+        self.bias = nn.Parameter(bias.flatten())
         self.members, self.padding, self.stride, self.rectify = len(seeds), size // 2, stride, rectify
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -134,30 +133,35 @@ class Resized(nn.Module):
         return functional.adaptive_avg_pool2d(x, self.size)
 
 
-def network(task: Task, seeds: Sequence[int]) -> nn.Sequential:
-    """`LAYERS` layers for ``task``, one member per seed."""
+def network(task: Task, seeds: Sequence[int], *, layers: int, law: Law = "torch") -> nn.Sequential:
+    """So many layers for ``task``, one member per seed."""
+    top = layers - 1
     if len(task.inputs) == 1:
-        sizes = [task.inputs[0], *[WIDTH] * (LAYERS - 1), task.outputs[0]]
+        sizes = [task.inputs[0], *[WIDTH] * top, task.outputs[0]]
         return nn.Sequential(
-            *(MemberLinear(sizes[at], sizes[at + 1], seeds, place=at, rectify=at < LAYERS - 1) for at in range(LAYERS))
+            *(
+                MemberLinear(sizes[at], sizes[at + 1], seeds, place=at, law=law, rectify=at < top)
+                for at in range(layers)
+            )
         )
     dense = len(task.outputs) == 3
-    layers: list[nn.Module] = [
+    stack: list[nn.Module] = [
         MemberConv(
             task.inputs[0] if at == 0 else CHANNELS,
             CHANNELS,
             seeds,
             place=at,
+            law=law,
             stride=2 if at == 1 and not dense else 1,
             rectify=True,
         )
-        for at in range(LAYERS - 1)
+        for at in range(top)
     ]
     if dense:
-        layers.append(MemberConv(CHANNELS, task.outputs[0], seeds, place=LAYERS - 1))
+        stack.append(MemberConv(CHANNELS, task.outputs[0], seeds, place=top, law=law))
     else:
-        layers.append(_classifier(CHANNELS, task, seeds, place=LAYERS - 1))
-    return nn.Sequential(*layers)
+        stack.append(_classifier(CHANNELS, task, seeds, place=top))
+    return nn.Sequential(*stack)
 
 
 def head(task: Task, seeds: Sequence[int], stage: int, cut: torch.Tensor) -> nn.Module:
@@ -174,9 +178,9 @@ def head(task: Task, seeds: Sequence[int], stage: int, cut: torch.Tensor) -> nn.
 def aux_net(seeds: Sequence[int], raw: torch.Tensor, like: torch.Tensor) -> nn.Module:
     """What guesses, from the raw frame, the values that cross a boundary; it starts at zero, as the default does."""
     if raw.dim() == 3:
-        return MemberLinear(raw.shape[-1], like.shape[-1], seeds, place=0, zero=True)
+        return MemberLinear(raw.shape[-1], like.shape[-1], seeds, place=0, law="zero")
     channels, size = (raw.shape[1] // len(seeds), like.shape[1] // len(seeds)), (like.shape[2], like.shape[3])
-    return nn.Sequential(Resized(size), MemberConv(*channels, seeds, place=0, size=1, zero=True))
+    return nn.Sequential(Resized(size), MemberConv(*channels, seeds, place=0, size=1, law="zero"))
 
 
 def _classifier(channels: int, task: Task, seeds: Sequence[int], *, place: int) -> nn.Module:
@@ -196,8 +200,17 @@ class _Whole(nn.Module):
         return x
 
 
-def _drawn(shape: tuple[int, ...], seeds: Sequence[int], place: int) -> torch.Tensor:
-    """(E, *shape) normal numbers: a member's depend on its own seed and the layer's place alone."""
-    return torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(1_000 * seed + place)) for seed in seeds]
-    )
+def _first(shape: tuple[int, ...], seeds: Sequence[int], place: int, law: Law) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (E, *shape) and biases (E, outputs): a member's depend on its own seed and the layer's place alone."""
+    members = len(seeds)
+    fan_in = torch.Size(shape[1:]).numel()
+    if law == "zero":
+        return torch.zeros(members, *shape), torch.zeros(members, shape[0])
+    chances = [torch.Generator().manual_seed(1_000 * seed + place) for seed in seeds]
+    if law == "he":
+        weights = torch.stack([torch.randn(shape, generator=chance) for chance in chances])
+        return weights * (2 / fan_in) ** 0.5, torch.zeros(members, shape[0])
+    bound = fan_in**-0.5  # as nn.Linear and nn.Conv2d have it
+    drawn = [(torch.rand(shape, generator=chance), torch.rand(shape[0], generator=chance)) for chance in chances]
+    weights, biases = (torch.stack(parts) for parts in zip(*drawn, strict=True))
+    return (2 * weights - 1) * bound, (2 * biases - 1) * bound

@@ -35,6 +35,7 @@ class Trial:
         stream: its name; frames: how many; per_digit: frames per scene, of "digits-smooth".
         rule: its name; stages; optimizer: its name; rate; knob: index into the row's knobs.
         seeds: one member each.
+        layers: of the network; law: of its first weights.
     """
 
     stream: str
@@ -46,6 +47,8 @@ class Trial:
     knob: int
     seeds: tuple[int, ...]
     per_digit: int = 16
+    layers: int = 4
+    law: nets.Law = "torch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +123,10 @@ def build(
         clock = aiotime.VirtualClock()
         devices = [aiotime.SimulatedDevice(k, seconds=_seconds, clock=clock) for k in range(trial.stages)]
     pipeline = aiotime.Pipeline(
-        nets.network(stream.task, trial.seeds),
+        nets.network(stream.task, trial.seeds, layers=trial.layers, law=trial.law),
         example=stream.frames[0],
         devices=devices or ["inline"] * trial.stages,
-        balance=[nets.LAYERS // trial.stages] * trial.stages,
+        balance=[trial.layers // trial.stages] * trial.stages,
         learner=row.make(setup),
     )
     return pipeline, clock

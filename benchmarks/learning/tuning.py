@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from statistics import fmean
+from typing import Literal
 
 from benchmarks.learning.rules import EXACT, Row
 from benchmarks.learning.study import Study
@@ -43,9 +44,39 @@ class Round:
     frames: int
 
 
-def stages_of(row: Row, stages: int) -> int:
-    """Exact learning gives the same for every number of stages (tests compare the bits): one is the fastest."""
-    return 1 if row.name == EXACT else stages
+Network = Literal["plain", "deep"]
+
+
+def planned(
+    row: Row,
+    setting: Setting,
+    *,
+    stream: str,
+    frames: int,
+    stages: int,
+    seeds: tuple[int, ...],
+    per_digit: int = 16,
+    network: Network = "plain",
+) -> Trial:
+    """A run of ``row`` with ``setting``.
+
+    "plain": a layer per stage but no fewer than four, first weights as torch has them. "deep": eight layers for
+    every number of stages, He's first weights. Exact learning gives the same for every number of stages (tests compare
+    the bits), so it runs with one, the fastest.
+    """
+    return Trial(
+        stream,
+        frames,
+        row.name,
+        1 if row.name == EXACT else stages,
+        setting.optimizer,
+        setting.rate,
+        setting.knob,
+        seeds,
+        per_digit,
+        8 if network == "deep" else max(4, stages),
+        "he" if network == "deep" else "torch",
+    )
 
 
 def tune(
@@ -56,6 +87,7 @@ def tune(
     stream: str,
     stages: int,
     per_digit: int = 16,
+    network: Network = "plain",
     what: str = "",
 ) -> dict[Row, Setting]:
     """The best setting of each rule; its first one where all of them fail."""
@@ -63,16 +95,15 @@ def tune(
     for number, one in enumerate(rounds, start=1):
         left = {row: settings[: one.settings] for row, settings in left.items()}
         trials = {
-            (row, setting): Trial(
-                stream,
-                one.frames,
-                row.name,
-                stages_of(row, stages),
-                setting.optimizer,
-                setting.rate,
-                setting.knob,
-                SEEDS,
-                per_digit,
+            (row, setting): planned(
+                row,
+                setting,
+                stream=stream,
+                frames=one.frames,
+                stages=stages,
+                seeds=SEEDS,
+                per_digit=per_digit,
+                network=network,
             )
             for row, settings in left.items()
             for setting in settings

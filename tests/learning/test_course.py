@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from aiotime.devices.base import Pending
 from aiotime.errors import FeedbackError, InputError, StageError
@@ -67,7 +67,7 @@ def made(rule: Rule, *desks: FakeDesk) -> Course:
     return course
 
 
-def rule(loss: Any = F.mse_loss, **settings: Any) -> Delayed:
+def rule(loss: Any = functional.mse_loss, **settings: Any) -> Delayed:
     return Delayed(loss=loss, optimizer=SGD, **settings)
 
 
@@ -170,7 +170,8 @@ async def test_feedback_that_cannot_be_learned_from(how: str) -> None:
         first.value, first.done = Lost(ValueError("the reason")), True
     elif how == "error":
         first.error, first.done = ValueError("the reason"), True
-    with pytest.raises(FeedbackError, match="pipeline has ended" if how == "over" else "could not be learned.*the reason"):
+    reason = "pipeline has ended" if how == "over" else "could not be learned.*the reason"
+    with pytest.raises(FeedbackError, match=reason):
         async with asyncio.timeout(5):
             await course.feedback("k", torch.zeros(1))
 

@@ -1,7 +1,7 @@
 """Desks and agendas as pure logic: no thread, no loop, no tensor; hypothesis chooses what happens next.
 
-    System: S desks on 1 … S pretended device streams. A step enters a frame, moves a stage task, lets a stream ask for a
-    job, or ends the job that a stream runs; `Random` (drawn by hypothesis) chooses among what is possible.
+    System: S desks on 1 … S pretended device streams. A step enters a frame, moves a stage task, lets a stream ask for
+    a job, or ends the job that a stream runs; `Random` (drawn by hypothesis) chooses among what is possible.
 
 A stream that was told "no job" asks again only after its bell has rung, so a lost wake-up is a dead end and fails. With
 ``racing`` other streams run on while a desk looks at a pending: the moments at which real threads lose wake-ups.
@@ -38,7 +38,7 @@ class Watched(Pending):
     look: Callable[[], None] | None = None  # set while a desk looks
 
     @property
-    def done(self) -> bool:  # type: ignore[override]
+    def done(self) -> bool:
         if Watched.look is not None:
             Watched.look()
         return self._done
@@ -57,6 +57,7 @@ class Hands:
         self.stage = stage
         self.learns = learns
         self.log = log
+        self.learned = 0
         self.kept: set[int] = set()
         self.fails: set[tuple[str, int]] = set()
         self.batches: list[int] = []
@@ -308,12 +309,10 @@ class System:
 @contextmanager
 def watched() -> Iterator[None]:
     """The desks' and tickets' pendings are `Watched`."""
-    before = desk_module.Pending, ticket_module.Pending
-    desk_module.Pending = ticket_module.Pending = Watched  # type: ignore[misc]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(desk_module, "Pending", Watched)
+        patch.setattr(ticket_module, "Pending", Watched)
         yield
-    finally:
-        desk_module.Pending, ticket_module.Pending = before  # type: ignore[misc]
 
 
 def layouts(stages: int) -> list[list[int]]:
@@ -422,13 +421,14 @@ def mixture(random: Random, frames: int, *, late: bool = False) -> list[dict[str
     return [random.choice(kinds) for _ in range(frames)]
 
 
-def play(system: System, kinds: Sequence[dict[str, bool]]) -> None:
+def play(system: System, kinds: Sequence[dict[str, bool]], *, ends: bool = True) -> None:
     for kind in kinds:
         if kind:
             system.add(**kind)
         else:
             system.barrier()
-    system.barrier()
+    if ends:
+        system.barrier()
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["", "split"])
@@ -712,7 +712,7 @@ def test_a_cancelled_frame_is_not_computed(random: Random) -> None:
     random=SOME,
     stages=st.integers(1, 4),
     frames=st.integers(1, 10),
-    steps=st.integers(0, 120),
+    steps=st.integers(0, 200),
     split=st.booleans(),
     racing=st.booleans(),
 )
@@ -722,7 +722,7 @@ def test_abort_at_any_moment_answers_every_token(
     """What was posted is answered with jobs that do nothing, nothing is kept, what comes later is refused."""
     with watched():
         system = made(name, stages, random, split=split, racing=racing)
-        play(system, mixture(random, frames, late=name in ("event", "exact")))
+        play(system, mixture(random, frames, late=name in ("event", "exact")), ends=random.random() < 0.5)
         for _ in range(steps):
             system.step()
         late = [frame.ticket for frame in system.frames if frame.ticket.late]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 import aiotime
 from aiotime.errors import ConfigurationError
@@ -17,7 +17,7 @@ from aiotime.learning import Delayed, Exact
 from aiotime.learning.enrolment import enrol_stages, rehearse
 from aiotime.learning.learner import Site
 
-RULE = Delayed(loss=F.mse_loss, optimizer=partial(torch.optim.SGD, lr=0.1))
+RULE = Delayed(loss=functional.mse_loss, optimizer=partial(torch.optim.SGD, lr=0.1))
 
 
 def sites(*modules: nn.Module) -> list[Site]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 from aiotime.errors import ConfigurationError, InputError
 from aiotime.learning import Delayed
@@ -22,7 +22,7 @@ SGD = partial(torch.optim.SGD, lr=0.1)
     ("settings", "message"),
     [
         ({"loss": 3}, "loss must be a callable"),
-        ({"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)}, r"functools\.partial\(torch\.optim\.SGD"),
+        ({"optimizer": torch.optim.SGD([torch.ones(1)], lr=0.1)}, r"functools\.partial\(torch\.optim\.SGD"),
         ({"clip_norm": 0.0}, "clip_norm must be positive"),
         ({"update_every": 0}, "update_every is a number of frames from 1"),
         ({"precision": torch.float64}, "precision must be"),
@@ -36,7 +36,7 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 def test_settings_that_cannot_work(settings: dict[str, Any], message: str) -> None:
     """Refused when the rule is made, saying what to hand in."""
     with pytest.raises(ConfigurationError, match=message):
-        Delayed(**{"loss": F.mse_loss, "optimizer": SGD, **settings})
+        Delayed(**{"loss": functional.mse_loss, "optimizer": SGD, **settings})
 
 
 def test_whether_a_loss_wants_a_target_is_seen() -> None:
@@ -45,9 +45,9 @@ def test_whether_a_loss_wants_a_target_is_seen() -> None:
     def reconstruction(output: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
         return output.sum() * weight
 
-    assert Delayed(loss=F.mse_loss, optimizer=SGD).supervised
+    assert Delayed(loss=functional.mse_loss, optimizer=SGD).supervised
     assert Delayed(loss=nn.MSELoss(), optimizer=SGD).supervised
-    assert Delayed(loss=partial(F.cross_entropy, label_smoothing=0.1), optimizer=SGD).supervised
+    assert Delayed(loss=partial(functional.cross_entropy, label_smoothing=0.1), optimizer=SGD).supervised
     assert not Delayed(loss=reconstruction, optimizer=SGD).supervised
     assert not Delayed(loss=lambda output: output.sum(), optimizer=SGD).supervised
 
@@ -59,7 +59,7 @@ def value_of(loss: Any, output: Any, target: Any = None) -> torch.Tensor:
 def test_the_loss_is_one_number_with_a_graph() -> None:
     """Of shape () or (1,); anything else is refused with frame, key and what to do."""
     x = torch.ones(1, 2, requires_grad=True)
-    assert value_of(F.mse_loss, x, torch.zeros(1, 2)).shape == ()
+    assert value_of(functional.mse_loss, x, torch.zeros(1, 2)).shape == ()
     assert value_of(lambda y, t: (y - t).sum(1), x, torch.zeros(1, 2)).shape == ()
     for loss, message in [
         (lambda y, t: (y - t) ** 2, r"shape \(1, 2\), not one number; reduce it"),
@@ -84,7 +84,7 @@ def test_targets_may_be_pytrees_and_inference_tensors() -> None:
 def optimizer_of(given: Any, index: int, name: str = "mid") -> type[torch.optim.Optimizer]:
     module = nn.Linear(1, 1)
     site = Site(index, 3, name, module, [("", module)])
-    rule = Delayed(loss=F.mse_loss, optimizer=given)
+    rule = Delayed(loss=functional.mse_loss, optimizer=given)
     return type(rule.updater(site, Weights(slots_of(site.modules))).optimizer)
 
 
@@ -105,9 +105,9 @@ def test_mixed_precision_runs_the_forward_in_it() -> None:
     """Half the bits in the matrix products, whole ones in masters and gradients; float16 losses are scaled."""
     module = nn.Linear(4, 4)
     for precision, scale in ((torch.bfloat16, 1.0), (torch.float16, 2.0**12)):
-        rule = Delayed(loss=F.mse_loss, optimizer=SGD, precision=precision)
+        rule = Delayed(loss=functional.mse_loss, optimizer=SGD, precision=precision)
         with rule.autocast(torch.device("cpu")):
             assert module(torch.ones(1, 4)).dtype is precision
         assert rule.loss_scale() == scale
-    with Delayed(loss=F.mse_loss, optimizer=SGD).autocast(torch.device("cpu")):
+    with Delayed(loss=functional.mse_loss, optimizer=SGD).autocast(torch.device("cpu")):
         assert module(torch.ones(1, 4)).dtype is torch.float32

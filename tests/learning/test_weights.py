@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 from aiotime.learning.weights import Weights, slots_of
 
@@ -208,4 +208,4 @@ def test_the_thread_may_be_in_inference_mode(layer: nn.Linear) -> None:
                 master.grad = torch.ones_like(master)
         weights.update(optimizer.step, keep_old=True)
     assert not any(tensor.is_inference() for tensor in [*weights.masters, *weights.working])
-    F.mse_loss(layer(torch.ones(1, 3)), torch.ones(1, 2)).backward()
+    functional.mse_loss(layer(torch.ones(1, 3)), torch.ones(1, 2)).backward()  # type: ignore[no-untyped-call]

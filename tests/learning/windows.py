@@ -129,7 +129,7 @@ def assisted(
         if k < last and (not fresh or (blind and t <= last - k)):
             roots.append(loss(heads[k](y), targets[t]))
             seeds.append(torch.tensor(share))
-        found = torch.autograd.grad(roots, [x, *used, *tops[k]], seeds, allow_unused=True)
+        found: Sequence[Any] = torch.autograd.grad(roots, [x, *used, *tops[k]], seeds, allow_unused=True)
         messages[t] = found[0]
         for at, (p, grad) in enumerate(zip([*params[k].values(), *tops[k]], found[1:], strict=True)):
             terms = [extra[at] for extra in newest[k]] + ([] if grad is None else [grad])
