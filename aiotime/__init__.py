@@ -5,6 +5,8 @@ The rooms, from the top; a module imports only from rooms below it:
     cli                          aiotime run | plan | demo
     streams, sources             aiostream operators; video, folders, cameras, stdin
     pipeline                     Pipeline: build, open, run, submit, drain, weights, statistics
+    keeper, standstill,          what a checkpoint reads and writes; the pause in which it does;
+    checkpoint, frozen           its files; a copy of the live model to evaluate
     runs, requests, weights      one stream, in order, with its errors; one submitted frame; a weight swap
     engine                       an open pipeline on one loop; where a frame ends
     ingest, stage, planning      the door; the stage task; trace, measure, cut

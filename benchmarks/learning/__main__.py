@@ -21,8 +21,8 @@ from benchmarks.learning.study import Study
 from benchmarks.learning.tuning import Round
 
 NETWORKS = {
-    "plain": "A layer of 64 per stage but no fewer than four (video: 3×3 convolutions of 16 channels), first weights as "
-    "torch has them",
+    "plain": "A layer of 64 per stage but no fewer than four (video: 3×3 convolutions of 16 channels), first weights "
+    "as torch has them",
     "deep": "8 layers of 64 for every number of stages (video: 3×3 convolutions of 16 channels), He's first weights",
 }
 RIVER = ("phishing", "bananas", "image-segments", "trump-approval")

@@ -47,8 +47,8 @@ class Sizes:
 
     scale: float = 1.0
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    rounds: tuple[Round, ...] = (Round(12, 400), Round(3, 1_500))
-    near: tuple[Round, ...] = (Round(3, 600),)
+    rounds: tuple[Round, ...] = (Round(12, 300), Round(3, 1_200))
+    near: tuple[Round, ...] = (Round(3, 500),)
     streams: tuple[str, ...] = tuple(STREAMS)
     rows: tuple[Row, ...] = ROWS
     stages: tuple[int, ...] = STAGES

@@ -256,15 +256,15 @@ def video_next(frames: int, seeds: Sequence[int]) -> Stream:
 Maker = Callable[[int, Sequence[int]], Stream]
 
 STREAMS: dict[str, tuple[int, Maker]] = {  # frames of a full run, and what makes it
-    "digits": (6_000, digits),
-    "digits-smooth": (6_000, smooth),
-    "digits-replay": (1_500, replayed),
+    "digits": (5_000, digits),
+    "digits-smooth": (5_000, smooth),
+    "digits-replay": (1_200, replayed),
     "phishing": (1_250, partial(labelled, "Phishing")),
-    "bananas": (2_000, partial(labelled, "Bananas")),
+    "bananas": (1_500, partial(labelled, "Bananas")),
     "image-segments": (2_310, partial(labelled, "ImageSegments")),
     "trump-approval": (1_001, partial(measured, "TrumpApproval")),
-    "video-place": (1_600, video_place),
-    "video-next": (1_600, video_next),
+    "video-place": (1_000, video_place),
+    "video-next": (1_000, video_next),
 }
 
 

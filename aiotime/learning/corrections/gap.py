@@ -16,7 +16,7 @@ class GapAware(Correction):
 
     Barkai et al., Gap-Aware Mitigation of Gradient Staleness, ICLR 2020, per parameter:
 
-        g ← g / (1 + |θ_now - θ_forward| / (η · (sqrt(EMA(v²)) + ε)))
+        g ← g / (1 + abs(θ_now - θ_forward) / (η · (sqrt(EMA(v²)) + ε)))
 
     v is the last step divided by η, whatever optimizer took it, so η · sqrt(EMA(v²)) is the root of the mean square
     step. It needs the weights of the forward: ``weights="stashed"``, "predicted" or "double-buffered". Memory: one
