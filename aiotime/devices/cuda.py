@@ -102,7 +102,7 @@ class AcceleratorStream(WorkerStream):
         lane: Lane | None = getattr(self._own, "lane", None)
         if lane is not None:
             try:
-                lane.make_room()  # first, so that the agenda decides as late as it can: more gradients are there by then
+                lane.make_room()  # first, so that the agenda decides with the gradients that have come by then
             except BrokenError:
                 pass  # the job is told
         job = super()._take(worker, agenda)

@@ -1,4 +1,4 @@
-"""python -m benchmarks.learning [accuracy] [correlation] [speed] [memory] [--cache FILE]"""
+"""python -m benchmarks.learning [headline] [accuracy] [correlation] [speed] [memory] [--cache FILE]"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from benchmarks._harness import Report, machine, parser
 from benchmarks.learning import __doc__ as question
-from benchmarks.learning import accuracy, correlation, memory, speed
+from benchmarks.learning import accuracy, correlation, headline, memory, speed
 from benchmarks.learning.rules import BY_NAME, DEFAULT, EXACT, RECOMMENDED, SIDEWAYS
 from benchmarks.learning.streams import STREAMS
 from benchmarks.learning.study import Study
@@ -150,7 +150,25 @@ def run_memory(arguments: argparse.Namespace) -> None:
     report.finish()
 
 
+def run_headline(arguments: argparse.Namespace) -> None:
+    """The answer in minutes."""
+    sizes = headline.Sizes(deep=arguments.network == "deep")
+    if arguments.quick:
+        sizes = headline.Sizes(frames=40, tuning=20, seeds=(0, 1), others=(20,), rules=((4, headline.FEW),))
+    report = Report(
+        __file__,
+        question=f"{question} The headline.",
+        setup=f"{NETWORKS[arguments.network]}, batch 1; {sizes.frames} frames, {len(sizes.seeds)} seeds; predict, then learn, "
+        f"frame by frame, in the pipeline itself. Unrelated digits: Adam 1e-3. Smooth stream: RMSprop, the better of "
+        f"{', '.join(f'{rate:g}' for rate in headline.RATES)} on other seeds.",
+        arguments=arguments,
+    )
+    headline.report_all(report, _study(arguments), sizes)
+    report.finish()
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "headline": run_headline,
     "accuracy": run_accuracy,
     "correlation": run_correlation,
     "speed": run_speed,

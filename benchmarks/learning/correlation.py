@@ -8,19 +8,14 @@ from statistics import fmean, stdev
 
 from benchmarks._harness import Report
 from benchmarks.learning import pictures
-from benchmarks.learning.rules import BY_NAME, EXACT, RECOMMENDED, SIDEWAYS
+from benchmarks.learning.rules import BY_NAME, EXACT, PAIRS, RECOMMENDED, SIDEWAYS
 from benchmarks.learning.study import Study
 from benchmarks.learning.trial import Outcome, Trial
 from benchmarks.learning.tuning import Network, Round, Setting, planned, tune
 
 STREAM, STAGES = "digits-smooth", 4
 RULES = (EXACT, RECOMMENDED, "local heads", "delayed 1f1b, predicted", "delayed 1f1b", "delayed lockstep", SIDEWAYS)
-SETTINGS = (
-    Setting("RMSprop", 3e-4, 0),
-    Setting("RMSprop", 1e-3, 0),
-    Setting("RMSprop", 1e-4, 0),
-    Setting("SGD", 1e-2, 0),
-)
+SETTINGS = tuple(Setting(name, rate, 0) for name, rate in PAIRS[:4])
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,18 +114,18 @@ OPTIMIZERS: dict[str, Callable[[float], Optimizer]] = {
 }
 
 PAIRS: tuple[tuple[str, float], ...] = (  # the more promising first
-    ("RMSprop", 3e-4),
-    ("SGD", 1e-2),
     ("RMSprop", 1e-3),
-    ("RMSprop", 1e-4),
-    ("SGD", 3e-3),
-    ("Adam", 3e-4),
-    ("momentum", 1e-3),
+    ("RMSprop", 3e-4),
     ("SGD", 3e-2),
-    ("Adam", 1e-3),
+    ("RMSprop", 3e-3),
+    ("SGD", 1e-2),
+    ("Adam", 3e-4),
     ("momentum", 3e-3),
-    ("Adam", 1e-4),
+    ("RMSprop", 1e-4),
+    ("Adam", 1e-3),
     ("momentum", 3e-4),
+    ("momentum", 1e-3),
+    ("SGD", 3e-3),
 )
 FINE = (1e-3, 3e-4, 3e-3, 1e-4, 2e-3, 5e-4, 2e-4, 5e-3, 5e-5, 1e-2, 2e-5, 1e-5)  # for rules of one optimizer alone
 

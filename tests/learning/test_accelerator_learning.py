@@ -345,6 +345,7 @@ async def test_what_comes_next_is_decided_as_late_as_it_can_be(settle: Settle) -
     """Not before the device has room for it: the choice is made with the gradients that have come by then."""
     backend, places = devices("0")
     bench = Bench(places, event)
+    await bench.launch(torch.ones(2), learn=False)
     backend.hold()
     answers = [bench.launch(torch.ones(2), learn=False) for _ in range(AHEAD + 3)]
     desk = bench.desks[0]
