@@ -68,7 +68,7 @@ class Curve:
         half = self.right[len(self.right) // 2 :]
         return sum(half) / max(1, len(half))
 
-    def bars(self, columns: int = 24) -> str:
+    def bars(self, columns: int = 16) -> str:
         """The accuracy over time as a row of bars."""
         step = max(1, self.total // columns)
         shares = [
@@ -182,7 +182,8 @@ def table(curves: list[Curve]) -> Table:
     """How far each rule is, and how good."""
     shown = Table(box=None, pad_edge=False)
     for name in ("stream", "rule", "accuracy over time", "last 200", "second half", "frames/s", "delay"):
-        shown.add_column(name, justify="left" if name in ("stream", "rule", "accuracy over time") else "right")
+        left = name in ("stream", "rule", "accuracy over time")
+        shown.add_column(name, justify="left" if left else "right", no_wrap=left)
     before = ""
     for curve in curves:
         done = bool(curve.right)

@@ -17,7 +17,7 @@ _TARGETS = ("target", "targets", "label", "labels", "truth", "y", "y_true")
 def whole_number(name: str, value: Any, what: str, *, least: int = 1) -> int:
     """``value``, if it is an integer of at least ``least``; ``what`` says of what it is the number."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigurationError(f"{name} is {what} from {least}, a whole one, not {value!r}")
+        raise ConfigurationError(f"{name} is {what} from {least}, not {value!r}")
     return value
 
 

@@ -158,8 +158,8 @@ def run_headline(arguments: argparse.Namespace) -> None:
     report = Report(
         __file__,
         question=f"{question} The headline.",
-        setup=f"{NETWORKS[arguments.network]}, batch 1; {sizes.frames} frames, {len(sizes.seeds)} seeds; predict, then learn, "
-        f"frame by frame, in the pipeline itself. Unrelated digits: Adam 1e-3. Smooth stream: RMSprop, the better of "
+        setup=f"{NETWORKS[arguments.network]}, batch 1; {sizes.frames} frames, {len(sizes.seeds)} seeds; "
+        f"predict, then learn, frame by frame, in the pipeline itself. Unrelated digits: Adam 1e-3. Smooth stream: RMSprop, the better of "
         f"{', '.join(f'{rate:g}' for rate in headline.RATES)} on other seeds.",
         arguments=arguments,
     )

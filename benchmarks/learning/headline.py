@@ -56,8 +56,7 @@ def report_all(report: Report, study: Study, sizes: Sizes) -> None:
     }
     tuned = study.run(tuning.values(), what="choosing rates")
     rates = {
-        (stages, rule): max(RATES, key=lambda rate: _mean(tuned[tuning[stages, rule, rate]]))
-        for stages, rule in cells
+        (stages, rule): max(RATES, key=lambda rate: _mean(tuned[tuning[stages, rule, rate]])) for stages, rule in cells
     }
     plain = {cell: _trial(sizes, PLAIN, sizes.frames, cell[1], cell[0], "Adam", 1e-3, sizes.seeds) for cell in cells}
     smooth = {

@@ -135,7 +135,8 @@ def test_the_learning_demo_runs_through(tmp_path: Path) -> None:
     """Every rule learns on both streams, each frame is scored once, and curves, timeline and trace are written."""
     pytest.importorskip("matplotlib")
     options = ["--frames", "24", "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(commands, ["demo", *options], catch_exceptions=False)
+    wide = {"COLUMNS": "160"}
+    result = CliRunner().invoke(commands, ["demo", *options], catch_exceptions=False, env=wide)
     assert result.exit_code == 0, result.output
     for name in ("Exact", "Sideways", "Delayed (the default)", "Delayed, local heads"):
         assert result.output.count(name) == 2

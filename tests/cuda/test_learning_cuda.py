@@ -42,10 +42,7 @@ class Busy(nn.Module):
 def stages_of(count: int, *, width: int = 64) -> list[nn.Sequential]:
     torch.manual_seed(0)
     sizes = [16, *[width] * (count - 1), 4]
-    made = [
-        nn.Sequential(Busy(), nn.Linear(before, after), nn.Tanh())
-        for before, after in pairwise(sizes)
-    ]
+    made = [nn.Sequential(Busy(), nn.Linear(before, after), nn.Tanh()) for before, after in pairwise(sizes)]
     return [part.double() for part in made]
 
 

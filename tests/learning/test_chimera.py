@@ -29,9 +29,7 @@ ADAM = partial(torch.optim.Adam, lr=0.01)
 
 def chimera(size: int, optimizer: Any = SGD, **settings: Any) -> Synchronous:
     """The rule with mini-batches of ``size``."""
-    return Synchronous(
-        micro_batches=size, schedule="chimera", loss=cross_entropy, optimizer=optimizer, **settings
-    )
+    return Synchronous(micro_batches=size, schedule="chimera", loss=cross_entropy, optimizer=optimizer, **settings)
 
 
 def batches(

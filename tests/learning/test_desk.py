@@ -536,9 +536,7 @@ def test_a_barrier_that_fails_lets_the_rest_go_on(random: Random) -> None:
 
 @pytest.mark.parametrize("name", ORDERS)
 @given(random=SOME, stages=st.integers(1, 4), frames=st.integers(1, 10))
-def test_a_weight_gradient_follows_its_backward_directly(
-    name: str, random: Random, stages: int, frames: int
-) -> None:
+def test_a_weight_gradient_follows_its_backward_directly(name: str, random: Random, stages: int, frames: int) -> None:
     """Nothing else of the stage comes between, so what a forward reads is what an unsplit backward would leave."""
     system = made(name, stages, random, split=True)
     for _ in range(frames):
@@ -594,9 +592,7 @@ def test_a_mini_batch_counts_members_that_fail(
 
 
 @given(random=SOME, partial=st.booleans(), split=st.booleans())
-def test_an_update_that_fails_is_told_and_the_next_batch_goes_on(
-    random: Random, partial: bool, split: bool
-) -> None:
+def test_an_update_that_fails_is_told_and_the_next_batch_goes_on(random: Random, partial: bool, split: bool) -> None:
     """At the end of a full batch and of a part of one: reported once, and later frames are learned from."""
     system = made("gpipe 4", 2, random, split=split)
     system.hands[1].fails = {("U", 1)}

@@ -1,7 +1,7 @@
 """Schedules to the exact tick: forward 1, backward 2, on a virtual clock; who waits, and how late gradients are.
 
-    S = 4, 1f1b     stage 0   F0 F1 F2 F3 ·  ·  ·  ·  ·  B0 .. F4 B1 .. F5 …     N frames take 3 (N + S - 1)
-                    stage 3   ·  ·  ·  F0 B0 .. F1 B1 .. F2 B2 .. F3 …
+S = 4, 1f1b     stage 0   F0 F1 F2 F3 ·  ·  ·  ·  ·  B0 .. F4 B1 .. F5 …     N frames take 3 (N + S - 1)
+                stage 3   ·  ·  ·  F0 B0 .. F1 B1 .. F2 B2 .. F3 …
 """
 
 from __future__ import annotations

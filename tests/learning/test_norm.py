@@ -153,9 +153,7 @@ async def test_stages_above_one_that_cannot_update_do_not_either(name: str) -> N
     size, make = RULES[name]
     xs, ys = stream(4 * size)
     plain = partial(torch.optim.SGD, lr=0.1)
-    rule = make(
-        loss=cross_entropy, optimizer=[plain, partial(Stubborn, lr=0.1), plain], clip_norm=LIMIT, clip="global"
-    )
+    rule = make(loss=cross_entropy, optimizer=[plain, partial(Stubborn, lr=0.1), plain], clip_norm=LIMIT, clip="global")
     pipeline = await opened(rule, 3)
     async with asyncio.timeout(20), pipeline:
         with pytest.raises(StageError, match="not this one"):

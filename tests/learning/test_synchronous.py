@@ -147,9 +147,7 @@ async def test_frame_that_fails_leaves_a_smaller_mini_batch(bad: int) -> None:
     async with asyncio.timeout(20):
         predictions = [pred async for pred in pipeline.run(samples, on_error="skip")]
     good = [t for t in range(8) if t != bad]
-    close(
-        predictions, pipeline.state_dict(), batches(3, [xs[t] for t in good], [ys[t] for t in good], [3, 4], SGD)
-    )
+    close(predictions, pipeline.state_dict(), batches(3, [xs[t] for t in good], [ys[t] for t in good], [3, 4], SGD))
 
 
 @pytest.mark.asyncio
