@@ -158,9 +158,9 @@ def run_headline(arguments: argparse.Namespace) -> None:
     report = Report(
         __file__,
         question=f"{question} The headline.",
-        setup=f"{NETWORKS[arguments.network]}, batch 1; {sizes.frames} frames, {len(sizes.seeds)} seeds; "
-        f"predict, then learn, frame by frame, in the pipeline itself. Unrelated digits: Adam 1e-3. Smooth stream: RMSprop, the better of "
-        f"{', '.join(f'{rate:g}' for rate in headline.RATES)} on other seeds.",
+        setup=f"{NETWORKS[arguments.network]}, batch 1; {sizes.frames} frames, {len(sizes.seeds)} seeds. Predict, then "
+        "learn, frame by frame, in the pipeline itself. Unrelated digits: Adam 1e-3. Smooth stream: RMSprop, the "
+        f"better of {', '.join(f'{rate:g}' for rate in headline.RATES)} on other seeds.",
         arguments=arguments,
     )
     headline.report_all(report, _study(arguments), sizes)
