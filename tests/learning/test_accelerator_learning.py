@@ -345,9 +345,10 @@ async def test_what_comes_next_is_decided_as_late_as_it_can_be(settle: Settle) -
     """Not before the device has room for it: the choice is made with the gradients that have come by then."""
     backend, places = devices("0")
     bench = Bench(places, event)
+    there = [backend.send(torch.ones(2), 0) for _ in range(AHEAD + 3)]  # no staging slots: they are bounded as well
     await bench.launch(torch.ones(2), learn=False)
     backend.hold()
-    answers = [bench.launch(torch.ones(2), learn=False) for _ in range(AHEAD + 3)]
+    answers = [bench.launch(value, learn=False) for value in there]
     desk = bench.desks[0]
     await settle(until=lambda: len(desk._forward) == 3)
     await settle(500)
