@@ -35,6 +35,10 @@ GRACE_TURNS = 100  # turns of the loop in which a task that is ending may end
 GRACE_SECONDS = 5.0  # in which a thread that was told to end may end; joined, not slept
 PATIENCE_SECONDS = 20.0  # after which `settle(until=...)` says that it never came true
 
+# there are as many test processes as cores: threads of torch in each would only wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
+
 settings.register_profile("dev", deadline=None)
 settings.register_profile(
     "ci", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
