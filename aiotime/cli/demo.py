@@ -32,7 +32,7 @@ def demo(*, task: str, frames: int | None, devices: str | None, seed: int, out: 
     learn (the default): a CNN that knows nothing sees each digit once. A pipeline of four stages predicts it, then
     learns from it, while the stages work on different digits: by aiotime's rules, and beside them by sequential
     back-propagation (Exact) and PARTIME's rule (Sideways), on unrelated digits and on a smooth stream. Shows the
-    accuracy as it grows; draws the curves and a timeline. About a minute.
+    accuracy as it grows; draws the curves and a timeline. A few minutes.
 
     predict: fits a CNN on part of the digits, then streams those it has not seen through two stages, at a stated
     rate and as fast as it goes, beside the same model run sequentially.

@@ -107,6 +107,8 @@ def show_learning(console: Console, *, frames: int | None, devices: str, seed: i
                 trace = recorded
             curve.state = "done"
             redraw()
+            if not console.is_terminal:  # nobody sees the live table
+                console.print(f"  {curve.stream}, {curve.rule}: {curve.second_half:.1%} in the second half")
     console.print(table(curves))
     out.mkdir(parents=True, exist_ok=True)
     try:

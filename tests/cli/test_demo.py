@@ -139,7 +139,7 @@ def test_the_learning_demo_runs_through(tmp_path: Path) -> None:
     result = CliRunner().invoke(commands, ["demo", *options], catch_exceptions=False, env=wide)
     assert result.exit_code == 0, result.output
     for name in ("Exact", "Sideways", "Delayed (the default)", "Delayed, local heads"):
-        assert result.output.count(name) == 2
+        assert result.output.count(name) == 4  # as it ends, and in the table
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"curves.png", "timeline.png", "trace.json"}
     trace = json.loads((tmp_path / "out" / "trace.json").read_text())
     assert any("backward" in str(event.get("name")) for event in trace["traceEvents"])
