@@ -4,6 +4,9 @@
 
 Runs and requests own frames; the engine knows them only as `Owner`. It lives from `open` to `close`;
 a pipeline that is opened again gets a new one.
+
+Longer than most modules: opening, entering, settling and closing share one state, and the rules that keep credits and
+frames from being lost are read together.
 """
 
 from __future__ import annotations

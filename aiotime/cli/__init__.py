@@ -4,7 +4,7 @@
     run.py        aiotime run: a source through a pipeline into JSON lines
     plan.py       aiotime plan: measure a model and print how it would be cut
     demo.py       aiotime demo: the whole of it on handwritten digits: learning.py, predicting.py
-    digits.py     its data and its fitted model; versus.py its comparison; curves.py its learning curves
+    digits.py     its data and its fitted model; versus.py its comparison
     job.py        one stream from its source to its file, on the event loop
     factory.py    module:factory -> a model or a pipeline, and an example frame
     writing.py    predictions -> JSON lines

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from rich.live import Live
 from rich.table import Table
 
 from aiotime.cli.factory import parse_devices
-from aiotime.errors import ConfigurationError
 from aiotime.observe.tables import count
 
 if TYPE_CHECKING:
@@ -68,6 +68,11 @@ class Curve:
         half = self.right[len(self.right) // 2 :]
         return sum(half) / max(1, len(half))
 
+    def points(self) -> list[tuple[float, float]]:
+        """(frames seen, accuracy over the newest `RECENT` of them)."""
+        sums = [0, *accumulate(self.right)]
+        return [(at, (sums[at] - sums[max(0, at - RECENT)]) / min(at, RECENT)) for at in range(1, len(sums))]
+
     def bars(self, columns: int = 16) -> str:
         """The accuracy over time as a row of bars."""
         step = max(1, self.total // columns)
@@ -80,7 +85,6 @@ class Curve:
 def show_learning(console: Console, *, frames: int | None, devices: str, seed: int, out: Path) -> None:
     """Every rule on every stream, live; then a table, the curves and a timeline."""
     import aiotime
-    from aiotime.cli.curves import plot_curves
     from aiotime.cli.predicting import draw
 
     places = parse_devices(devices) or []
@@ -112,10 +116,13 @@ def show_learning(console: Console, *, frames: int | None, devices: str, seed: i
     console.print(table(curves))
     out.mkdir(parents=True, exist_ok=True)
     try:
-        plot_curves(curves, out / "curves.png")
+        from aiotime.observe.curves import draw_panels
+    except ImportError as error:
+        console.print(f'curves    not drawn: they need {error.name}: pip install "aiotime[plot]"')
+    else:
+        panels = {name: {curve.rule: curve.points() for curve in curves if curve.stream == name} for name in data}
+        draw_panels(panels, out / "curves.png", x="frames seen", y=f"accuracy before learning, last {RECENT}")
         console.print(f"curves    {out / 'curves.png'}")
-    except ConfigurationError as error:
-        console.print(f"curves    not drawn: {error}")
     if trace is not None:
         draw(trace, out, console, title="learning handwritten digits online")
 

@@ -7,6 +7,8 @@
 The loop appends to the forward lane and posts as many tokens to the device stream as there will be jobs; for each
 token the stream asks the agenda which job it is, at the moment when it can run it. Everything but `launch`,
 `release_late`, `expire` and `abort` is called where the device stream runs its jobs, so nothing here takes a lock.
+
+Longer than most modules: which job may come next is one decision over all lanes, made in one place.
 """
 
 from __future__ import annotations

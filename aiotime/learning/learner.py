@@ -99,6 +99,7 @@ class StageLearner:
         self.site = site
         self.rule = rule
         self.top = site.top
+        self.batched = rule.order(site.index, site.stages).batch is not None  # mini-batches end by themselves
         self.boundary = Boundary(differentiable=site.passes_down, own=site.device.type != "cpu")
         self.weights = Weights(slots_of(site.modules, site.names), rebind=site.rebind)
         self.updater = self.make_updater()
@@ -247,7 +248,7 @@ class StageLearner:
             return
         updater.add(grads)
         self.scale = ticket.scale
-        if self.rule.order(self.site.index, self.site.stages).batch is None and updater.due:
+        if not self.batched and updater.due:
             self.update(ticket.scale)
         if updater.gathered == 1 and self.site.device.type != "cpu":
             updater.own()  # a gradient may be the message itself, whose memory belongs to another stream

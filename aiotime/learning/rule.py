@@ -12,8 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
+from torch.utils import _pytree as pytree
 
 from aiotime.errors import ConfigurationError, InputError
+from aiotime.learning.boundary import tensors_of
 from aiotime.learning.learner import Site, StageLearner, check_target
 from aiotime.learning.order import Order
 from aiotime.learning.settings import check_optimizer, check_scheduler, takes_target, whole_number
@@ -175,8 +177,6 @@ class Rule(ABC):
 
     def loss_value(self, output: Any, target: Any, *, frame: int, key: Any) -> torch.Tensor:
         """The loss, checked: a 0-dim tensor with a graph."""
-        from aiotime.learning.boundary import tensors_of
-
         found = tensors_of(output)
         if self.supervised and found:
             target = _moved(target, found[0].device)
@@ -203,8 +203,6 @@ class Rule(ABC):
 
 
 def _moved(target: Any, device: torch.device) -> Any:
-    from torch.utils import _pytree as pytree
-
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from aiotime.devices.base import Work
 from aiotime.frame import Frame
 from aiotime.learning.delayed import Delayed
 from benchmarks._harness import LOOPS, Contender, Report, run_on, take_turns
-from benchmarks.deep_conv.__main__ import CHANNELS, deep
+from benchmarks.deep_conv.__main__ import CHANNELS, deep, endless
 
 OVER_ONE_THREAD = 1.8  # times
 OVER_TWO_THREADS = 1.1
@@ -49,14 +49,9 @@ def plain(model: nn.Module, frame: torch.Tensor, number: int, *, threads: int) -
         torch.set_num_threads(1)
 
 
-async def _endless(frame: torch.Tensor) -> AsyncIterator[torch.Tensor]:
-    while True:
-        yield frame
-
-
 async def _learned(pipeline: aiotime.Pipeline, frame: torch.Tensor, number: int) -> float:
     """Frames per second of a stream that goes on; the order bounds what is predicted but not yet learned from."""
-    async with pipeline, pipeline.run(_endless(frame)) as run:
+    async with pipeline, pipeline.run(endless(frame)) as run:
         for _ in range(4):
             await anext(run)
         start = time.perf_counter()

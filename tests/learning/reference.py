@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn import functional
+
+SGD = partial(torch.optim.SGD, lr=0.1)
 
 Tensors = list[torch.Tensor]
 Forward = Callable[[int, Tensors, torch.optim.Optimizer], Sequence[torch.Tensor]]
@@ -151,3 +155,21 @@ def fifo(
                 backward(k)
     assert not any(waiting)
     return losses, {key: tensor for part in parts for key, tensor in part.state_dict().items()}
+
+
+def batches(
+    stages: int, xs: Sequence[torch.Tensor], ys: Sequence[torch.Tensor], sizes: Sequence[int], optimizer: Any = SGD
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Plain training on batches of these sizes: the loss of each frame, and the weights."""
+    model, losses, at = ribbon(stages), [], 0
+    stepper = optimizer(model.parameters())
+    for size in sizes:
+        output = model(torch.cat(list(xs[at : at + size])))
+        each = functional.cross_entropy(output, torch.cat(list(ys[at : at + size])), reduction="none")
+        losses += each.tolist()
+        stepper.zero_grad()
+        torch.autograd.backward(each.mean())
+        stepper.step()
+        at += size
+    assert at == len(xs)
+    return losses, dict(model.state_dict())

@@ -21,7 +21,7 @@ from aiotime.frame import Frame
 from aiotime.learning.chimera import DOWN, UP, Crossing, Meeting
 from aiotime.learning.synchronous import Synchronous
 from aiotime.learning.ticket import Ticket
-from tests.learning.reference import ribbon, stream
+from tests.learning.reference import batches, ribbon, stream
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 ADAM = partial(torch.optim.Adam, lr=0.01)
@@ -30,24 +30,6 @@ ADAM = partial(torch.optim.Adam, lr=0.01)
 def chimera(size: int, optimizer: Any = SGD, **settings: Any) -> Synchronous:
     """The rule with mini-batches of ``size``."""
     return Synchronous(micro_batches=size, schedule="chimera", loss=cross_entropy, optimizer=optimizer, **settings)
-
-
-def batches(
-    stages: int, xs: Sequence[torch.Tensor], ys: Sequence[torch.Tensor], sizes: Sequence[int], optimizer: Any = SGD
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Plain training on batches of these sizes: the loss of each frame, and the weights."""
-    model, losses, at = ribbon(stages), [], 0
-    stepper = optimizer(model.parameters())
-    for size in sizes:
-        output = model(torch.cat(list(xs[at : at + size])))
-        each = cross_entropy(output, torch.cat(list(ys[at : at + size])), reduction="none")
-        losses += each.tolist()
-        stepper.zero_grad()
-        torch.autograd.backward(each.mean())
-        stepper.step()
-        at += size
-    assert at == len(xs)
-    return losses, dict(model.state_dict())
 
 
 async def opened(

@@ -123,7 +123,7 @@ async def test_a_late_target_needs_a_key_that_can_be_one() -> None:
     async with asyncio.timeout(20), pipeline:
         for _ in range(20):
             with pytest.raises(InputError, match="cannot be one"):
-                await pipeline.submit(aiotime.Sample(torch.ones(1, 2), aiotime.LATER, key=[1]))
+                await pipeline.submit(aiotime.Sample(torch.ones(1, 2), aiotime.LATER, key=[1]))  # type: ignore[arg-type]
         assert (await pipeline.submit(aiotime.Sample(torch.ones(1, 2), torch.ones(1, 2)))).loss is not None
 
 

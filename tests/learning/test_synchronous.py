@@ -18,29 +18,11 @@ from aiotime.errors import ConfigurationError, StageError
 from aiotime.frame import Frame
 from aiotime.learning.learner import StageLearner
 from aiotime.learning.synchronous import Schedule, Synchronous
-from tests.learning.reference import ribbon, stream
+from tests.learning.reference import batches, ribbon, stream
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 ADAM = partial(torch.optim.Adam, lr=0.01)
 SCHEDULES: list[Schedule] = ["gpipe", "1f1b"]
-
-
-def batches(
-    stages: int, xs: Sequence[torch.Tensor], ys: Sequence[torch.Tensor], sizes: Sequence[int], optimizer: Any
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Plain training on batches of these sizes: the loss of each frame, and the weights."""
-    model, losses, at = ribbon(stages), [], 0
-    stepper = optimizer(model.parameters())
-    for size in sizes:
-        output = model(torch.cat(list(xs[at : at + size])))
-        each = cross_entropy(output, torch.cat(list(ys[at : at + size])), reduction="none")
-        losses += each.tolist()
-        stepper.zero_grad()
-        torch.autograd.backward(each.mean())
-        stepper.step()
-        at += size
-    assert at == len(xs)
-    return losses, dict(model.state_dict())
 
 
 async def opened(rule: Synchronous, stages: int, example: torch.Tensor, devices: Any = None) -> aiotime.Pipeline:
