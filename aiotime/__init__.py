@@ -80,7 +80,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
-        if name in ("errors", "streams", "sources", "devices", "observe", "planning", "learning"):
+        if name in ("errors", "streams", "sources", "devices", "observe", "planning", "learning", "dynamic"):
             import importlib
 
             return importlib.import_module(f"aiotime.{name}")

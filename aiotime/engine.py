@@ -16,13 +16,14 @@ import dataclasses
 import time
 from collections.abc import Callable, Hashable, Sequence
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 from aiotime.devices.base import Clock, Completions, Device, DeviceStream, Pending, Work
 from aiotime.devices.worker import COALESCE, PATIENCE, WorkerStream
 from aiotime.errors import AiotimeError, BrokenError, BusyError, ClosedError
 from aiotime.frame import NOBODY, Control, Frame, Owner, Prediction
 from aiotime.ingest.door import Door
+from aiotime.ingest.entrance import Guest
 from aiotime.learning.chimera import Crossing, Fork, ReplicaDesk, ReplicaLearner
 from aiotime.learning.course import Barrier, Course
 from aiotime.learning.desk import Agenda, Desk, Hands
@@ -49,16 +50,6 @@ def depth_for(seconds: float) -> int:
     if seconds <= 0:
         return DEEPEST
     return max(SHALLOWEST, min(DEEPEST, int(WORK_AHEAD / seconds)))
-
-
-class Guest(Protocol):
-    """A run, as draining and closing see it."""
-
-    def stop(self) -> None:
-        """Pull nothing more."""
-
-    def refused(self, why: AiotimeError) -> None:
-        """The pipeline has ended."""
 
 
 class Engine:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from aiotime.engine import Engine
 from aiotime.errors import AiotimeError, DeadlineExceeded, FrameCancelled, FrameShed
 from aiotime.frame import Frame, Prediction, Sample
+from aiotime.ingest.entrance import Entrance
 from aiotime.ingest.inspection import InputSpec, payload_bytes
 
 
@@ -18,7 +18,7 @@ class Request:
     """A frame with a future for its answer.
 
     Args:
-        engine: the open pipeline.
+        engine: the open pipeline or network.
         payload: what was submitted; a `Sample` brings key and acknowledgement.
         spec: what it must look like; None: taken as it is.
         keep_input: some stage's ``on_error`` will want to see the input.
@@ -26,7 +26,7 @@ class Request:
 
     __slots__ = ("engine", "entered", "frame", "future")
 
-    def __init__(self, engine: Engine, payload: Any, spec: InputSpec | None, *, keep_input: bool = False) -> None:
+    def __init__(self, engine: Entrance, payload: Any, spec: InputSpec | None, *, keep_input: bool = False) -> None:
         self.engine = engine
         self.entered = False
         sample = payload if type(payload) is Sample else None

@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from aiotime.channel import Channel, Overflow, check_overflow
-from aiotime.engine import Engine
 from aiotime.errors import (
     AiotimeError,
     BusyError,
@@ -35,6 +34,7 @@ from aiotime.errors import (
     SourceError,
 )
 from aiotime.frame import Frame, Prediction, Sample
+from aiotime.ingest.entrance import Entrance
 from aiotime.ingest.inspection import payload_bytes
 from aiotime.ingest.pull import pull
 from aiotime.observe.log import get_logger
@@ -51,8 +51,8 @@ class Host(Protocol):
     on_error: Mapping[str, OnError]  # by stage
     keeps_input: bool  # some stage's on_error will want to see the frame's input
 
-    def lease(self) -> Engine:
-        """The open engine, opened if need be; to be given back."""
+    def lease(self) -> Entrance:
+        """What is open, opened if need be; to be given back."""
 
     async def give_back(self) -> None:
         """A lease ends; the last one closes a pipeline that nobody opened by hand."""
@@ -62,9 +62,9 @@ class Host(Protocol):
 
 
 class RunOptions:
-    """What `Pipeline.run` was asked for; checked when it is made."""
+    """What `run` was asked for; checked when it is made."""
 
-    __slots__ = ("deadline", "failure_budget", "on_error", "overflow", "window")
+    __slots__ = ("deadline", "failure_budget", "on_error", "ordered", "overflow", "window")
 
     def __init__(
         self,
@@ -74,6 +74,7 @@ class RunOptions:
         deadline: float | None,
         failure_budget: int | float | None,
         window: int | None,
+        ordered: bool = True,
     ) -> None:
         check_overflow(overflow)
         if on_error is None:
@@ -91,6 +92,7 @@ class RunOptions:
         self.deadline = deadline
         self.failure_budget = failure_budget
         self.window = window
+        self.ordered = ordered  # False: predictions leave as they are ready
 
 
 def check_deadline(deadline: float | None) -> None:
@@ -107,7 +109,7 @@ class RunState:
         self.source = source
         self.options = options
         self.name = f"run {number}"
-        self.engine: Engine | None = None
+        self.engine: Entrance | None = None
         self.window: deque[Frame] = deque()  # in order; what the consumer has not taken
         self.limit = 1
         self.hold: Channel[Frame] = Channel(1)
@@ -121,6 +123,7 @@ class RunState:
         self.error: BaseException | None = None  # raised after the frames before it
         self._fed = False  # the feeding ends or was told to: a further cancel would hit the source's own cleaning up
         self._last_index = -1
+        self._lost = 0  # frames shed or failed before the newest prediction, where they leave as they are ready
         self._live = 0
         self._requested = False
         self._requesting = False
@@ -351,8 +354,16 @@ class RunState:
         if self.closing:
             if self._settled is not None and not self._settled.done():
                 self._settled.set_result(None)
-        elif self.window and self.window[0] is frame:
+            return
+        if not self.options.ordered and frame in self.window:
+            self.window.remove(frame)
+            self.window.insert(self._ready_ahead(), frame)
+        if self.window and self.window[0] is frame:
             self._wake_ready()
+
+    def _ready_ahead(self) -> int:
+        """Settled frames at the head of the window."""
+        return next((place for place, frame in enumerate(self.window) if not frame.settled), len(self.window))
 
     def learning_failed(self, error: AiotimeError) -> None:
         """A backward of one of our frames raised: its prediction was handed out, learning from it was not possible."""
@@ -407,8 +418,12 @@ class RunState:
         engine.undelivered += engine.now() - frame.arrived - frame.latency
         self.counts["out"] += 1
         self.latencies.add(frame.latency)
-        gap = frame.index - self._last_index - 1
-        self._last_index = frame.index
+        if self.options.ordered:
+            gap = frame.index - self._last_index - 1
+            self._last_index = frame.index
+        else:
+            lost = self.counts["shed"] + self.counts["failed"]
+            gap, self._lost = lost - self._lost, lost
         prediction = engine.prediction(frame, frame.index, gap)
         frame.value = frame.input = None  # an idle stage task still knows its last frame
         if frame.ack is not None:

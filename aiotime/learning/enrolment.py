@@ -31,8 +31,8 @@ def enrol_stages(rule: Rule, sites: Sequence[Site]) -> list[tuple[StageLearner, 
     trainable = [any(p.requires_grad for _, root in site.modules for p in root.parameters()) for site in sites]
     if not any(trainable):
         raise nothing_to_learn([site.name for site in sites])
-    _check_shared(sites)
-    _warn_of_batch_norm(sites)
+    check_shared(sites)
+    warn_of_batch_norm(sites)
     _copy_buffers(sites)
     first = trainable.index(True)
     found: list[tuple[StageLearner, Order]] = []
@@ -89,7 +89,8 @@ def _copied(leaf: Any, device: torch.device | None) -> Any:
     return leaf.detach().clone() if device is None else leaf.detach().to(device)
 
 
-def _check_shared(sites: Sequence[Site]) -> None:
+def check_shared(sites: Sequence[Site]) -> None:
+    """Refuse a parameter that two stages would update."""
     owner: dict[int, tuple[str, str]] = {}
     for site in sites:
         for prefix, root in site.modules:
@@ -124,7 +125,8 @@ def _copy_buffers(sites: Sequence[Site]) -> None:
                 site.rebind()
 
 
-def _warn_of_batch_norm(sites: Sequence[Site]) -> None:
+def warn_of_batch_norm(sites: Sequence[Site]) -> None:
+    """Say once that batch statistics of one frame are poor."""
     for site in sites:
         for prefix, root in site.modules:
             for name, module in root.named_modules():

@@ -1,0 +1,124 @@
+"""Call: one ``await stage(x)``: what it was given, who uses what it returned, and the gradients that came back.
+
+await stage(h, x) ── Call ──▶ inbox ──▶ batch ──▶ leaves ──▶ the instance's own code ──▶ other calls, the loss
+                      ▲                                                                      │
+                      └────────── grads of the leaves, once every user has returned its own ─┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from aiotime.errors import InputError
+
+if TYPE_CHECKING:
+    from aiotime.dynamic.batch import Batch
+    from aiotime.dynamic.instance import Instance
+    from aiotime.dynamic.station import Station
+
+_PLAIN = "tensors"  # in place of a pytree's structure: positional tensors and nothing else
+
+
+class Call:
+    """One use of a stage by one instance.
+
+    ``waits`` counts the users of its leaves (calls, the loss) whose gradients have not come back. The call owns
+    nothing once it is released.
+    """
+
+    __slots__ = (
+        "asked",
+        "batch",
+        "future",
+        "instance",
+        "leaves",
+        "number",
+        "parents",
+        "row",
+        "signature",
+        "spec",
+        "station",
+        "tensors",
+        "used",
+        "waits",
+    )
+
+    def __init__(self, station: Station, instance: Instance, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.station = station
+        self.instance = instance
+        self.number = 0  # within its instance
+        self.asked = 0.0  # seconds, when it was made
+        self.future: asyncio.Future[Any] | None = None
+        self.batch: Batch | None = None  # that runs or ran it
+        self.row = 0
+        self.leaves: list[torch.Tensor] = []  # what it returned: detached, requiring grad where there is a graph
+        self.parents: tuple[Call, ...] = ()  # whose leaves its inputs are made of
+        self.waits = 0
+        self.used = False  # some call or the loss is made of its leaves
+        self.spec: Any
+        self.tensors: list[torch.Tensor]  # among its arguments
+        self.signature: Hashable
+        if not kwargs and all(type(arg) is torch.Tensor for arg in args):
+            self.spec, self.tensors, constants = _PLAIN, list(args), None
+        else:
+            self.spec, self.tensors, constants = _flattened(station, args, kwargs)
+        self.signature = self._signature(constants)
+
+    def _signature(self, constants: Any) -> Hashable:
+        """Equal for calls that may share a batch."""
+        station, learning = self.station, self.instance.lesson is not None
+        if not station.batches:
+            return None
+        first = 1 if station.cat else 0
+        found: list[Hashable] = [learning, self.spec, constants]
+        for tensor in self.tensors:
+            if first and tensor.dim() == 0:
+                raise InputError(
+                    f'stage {station.name!r} joins its calls along their first dimension (group="cat"), and was given '
+                    "a tensor without dimensions"
+                )
+            found += (tensor.shape[first:], tensor.dtype, tensor.device)
+        if first and self.tensors and len({tensor.shape[0] for tensor in self.tensors}) > 1:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors)
+            raise InputError(
+                f'stage {station.name!r} joins its calls along their first dimension (group="cat"), which must have '
+                f"the same size in every tensor of a call, not {shapes}"
+            )
+        return tuple(found)
+
+    def release(self) -> None:
+        """Let go of everything: it is over."""
+        self.tensors, self.leaves, self.parents, self.batch, self.future = [], [], (), None, None
+
+
+def _flattened(station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any], Any]:
+    """(structure, tensors, what else there is and where) of a call's arguments."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    constants = tuple((at, leaf) for at, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor))
+    if station.batches:
+        for _, constant in constants:
+            try:
+                hash(constant)
+            except TypeError:
+                raise InputError(
+                    f"stage {station.name!r} runs waiting calls as one batch and cannot do so with a "
+                    f"{type(constant).__name__}: hand in tensors (torch.as_tensor), or give the stage max_batch=1"
+                ) from None
+    return (spec, constants), [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], constants
+
+
+def unflattened(spec: Any, tensors: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) that a call was made with, with ``tensors`` in place of its own."""
+    if spec is _PLAIN:
+        return tuple(tensors), {}
+    structure, constants = spec
+    leaves: list[Any] = list(tensors)
+    for at, constant in constants:  # in order of position
+        leaves.insert(at, constant)
+    args, kwargs = pytree.tree_unflatten(leaves, structure)
+    return args, kwargs

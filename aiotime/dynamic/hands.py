@@ -1,0 +1,117 @@
+"""Hands: the learning half of one station: its weights, its optimizer, and when that steps.
+
+    gradients of a batch ──▶ corrected ──▶ summed ──▶ enough of them? ──▶ mean ──▶ step ──▶ next version
+
+Called where the station's device stream runs its jobs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from aiotime.dynamic.batch import Batch, Grads
+from aiotime.dynamic.lesson import Lesson
+from aiotime.learning.corrections.contract import Corrected
+from aiotime.learning.learner import Site
+from aiotime.learning.weights import Weights, slots_of
+
+
+class Hands:
+    """Weights and optimizer of one module.
+
+    Args:
+        site: the stage, as rules see it.
+        lesson: how it is learned.
+    """
+
+    def __init__(self, site: Site, lesson: Lesson) -> None:
+        self.site = site
+        self.lesson = lesson
+        self.weights = Weights(slots_of(site.modules))
+        self.updater = lesson.updater(site, self.weights) if self.weights.masters else None
+        self.corrected = Corrected(lesson.corrections, self.updater)
+        self.delays: Counter[int] = Counter()  # updates between a forward and its backward -> gradients
+        self.learned = 0  # gradients, one per use
+        self.instances = 0  # finished since the last update
+        self.lag = 0.0  # the delay expected of the next forward: a moving average
+
+    def goes_on(self, lesson: Lesson) -> bool:
+        """Take ``lesson`` from here on with the same optimizer; False where it needs another."""
+        if not self.lesson.continues(lesson):
+            return False
+        self.lesson = lesson
+        if self.updater is not None:
+            self.updater.clip_norm, self.updater.guard = lesson.clip_norm, lesson.guard
+        return True
+
+    def reading(self) -> AbstractContextManager[Any]:
+        """What the next forward reads, as long as it runs."""
+        if not self.corrected.reads_other:
+            return nullcontext()
+        with torch.no_grad():
+            found = self.corrected.forward_weights(round(self.lag))
+        if found is None:
+            return nullcontext()
+        return self.weights.using([nn.Parameter(tensor) for tensor in found])
+
+    def take(self, batch: Batch, grads: Grads, held: Sequence[Batch]) -> None:
+        """The gradient of ``batch.live`` uses; ``held``: batches whose backward is still to come."""
+        if self.updater is None:
+            return
+        lag = self.weights.version - batch.version
+        self.delays[lag] += batch.live
+        self.lag += (lag - self.lag) / 8
+        self.learned += batch.live
+        if self.lesson.corrections:
+            with torch.no_grad():
+                grads = self.corrected.gradients(grads, used=batch.weights, delay=lag)
+        self.updater.add(grads)
+        self.updater.gathered += batch.live - 1
+        if not self.lesson.per_instance and self.updater.gathered >= self.lesson.frequency:
+            self.update(self.updater.gathered, held)
+
+    def finished(self, held: Sequence[Batch]) -> None:
+        """An instance that sent gradients here has all of them delivered."""
+        self.instances += 1
+        if self.instances >= self.lesson.frequency:
+            self.update(self.instances, held)
+
+    def update(self, count: int, held: Sequence[Batch]) -> None:
+        """Step with the sum of what was gathered, divided by ``count``."""
+        updater = self.updater
+        self.instances = 0
+        if updater is None or not updater.gathered:
+            return
+        grads, _ = updater.take()
+        updater.put(grads, count)
+        working = self.weights.working
+        keep = self.lesson.stash and any(batch.weights and batch.weights[0] is working[0] for batch in held)
+        moves = self.corrected.wants_moves
+        before = [p.data if keep else p.data.clone() for p in self.weights.masters] if moves else []
+        try:
+            done = updater.step(keep_old=keep, scale=self.lesson.loss_scale())
+        finally:
+            self.corrected.lag = 0
+        if done and before:
+            with torch.no_grad():
+                self.corrected.updated([p.data - was for p, was in zip(self.weights.masters, before, strict=True)])
+
+    def blend(self, mean: Sequence[torch.Tensor], since: Sequence[torch.Tensor], held: Sequence[Batch]) -> None:
+        """Move by what the mean of all replicas differs from ``since``, our own part of it; later updates stay."""
+
+        def move() -> None:
+            with torch.no_grad():
+                for master, average, own in zip(self.weights.masters, mean, since, strict=True):
+                    master.add_(average.to(master.device) - own.to(master.device))
+
+        working = self.weights.working
+        keep = self.lesson.stash and any(batch.weights and batch.weights[0] is working[0] for batch in held)
+        version = self.weights.version
+        self.weights.update(move, keep_old=keep)
+        self.weights.version = version  # no update: no gradient is late for it

@@ -1,0 +1,131 @@
+"""Stage of a network: a module that instances call with ``await stage(x)``, and where it runs.
+
+self.cell = Stage(nn.GRUCell(16, 64), device="cpu:0", max_batch=32)      in Network.__init__
+h = await self.cell(x, h)                                                in Network.forward
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from aiotime.devices import resolve
+from aiotime.devices.base import Device
+from aiotime.dynamic.instance import CURRENT
+from aiotime.errors import ConfigurationError
+from aiotime.stage import Stage as LinearStage
+
+if TYPE_CHECKING:
+    from aiotime.dynamic.hands import Hands
+
+Group = Literal["stack", "cat"]
+
+
+class Replica:
+    """One copy of a stage's module, what learns it, and its device."""
+
+    __slots__ = ("device", "fn", "hands", "placed")
+
+    def __init__(self, fn: Callable[..., Any], device: Device | None) -> None:
+        self.fn = fn
+        self.device = device  # None: the network finds one
+        self.hands: Hands | None = None
+        self.placed = False
+
+    def place(self) -> None:
+        """Put the module where the device computes."""
+        assert self.device is not None
+        if not self.placed and isinstance(self.fn, nn.Module):
+            self.fn = self.device.place(self.fn)
+        self.placed = True
+
+
+class Stage(LinearStage):
+    """One stage of a `Network`.
+
+    Args:
+        fn: a module or function. With ``max_batch=1`` it is called as the caller writes it; with more, every tensor
+            has one dimension more, the first, and so must what it returns.
+        device: ``"cpu:0"``, ``"cuda:0"``, ``"inline"`` or a Device; None: a CPU worker of its own. A list: one replica
+            on each.
+        name: by default that of the attribute which holds it.
+        max_batch: waiting calls of equal shape that run as one (AMPNet's Group).
+        max_wait: seconds that a call may wait for company beyond what the device is busy for.
+        group: ``"stack"`` makes the first dimension; ``"cat"`` joins along the one there is, whose size may differ from
+            call to call (nodes of graphs): row i of what comes out belongs to row i of what went in.
+        replicas: copies of the module, each with its own weights and optimizer. An instance stays with one of them.
+        average_every: updates of the replicas together after which their weights are averaged.
+        inbox: calls that may wait here; further ones wait outside, in order.
+
+    Example:
+        >>> aiotime.dynamic.Stage(torch.nn.Linear(2, 2), device="cpu:0", max_batch=8)
+        Stage('Linear', device='cpu:0', max_batch=8)
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        *,
+        device: str | Device | Sequence[str | Device] | None = None,
+        name: str | None = None,
+        max_batch: int = 1,
+        max_wait: float = 0.0,
+        group: Group = "stack",
+        replicas: int | None = None,
+        average_every: int = 100,
+        inbox: int = 4096,
+    ) -> None:
+        several = [device] if device is None or isinstance(device, str | Device) else list(device)
+        super().__init__(fn, device=several[0] if several else None, name=name)
+        for what, value in (("max_batch", max_batch), ("average_every", average_every), ("inbox", inbox)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigurationError(f"stage {self.name!r}: {what} is a number from 1, not {value!r}")
+        if not max_wait >= 0:
+            raise ConfigurationError(f"stage {self.name!r}: max_wait is a number of seconds from 0, not {max_wait!r}")
+        if max_wait and max_batch == 1:
+            raise ConfigurationError(f"stage {self.name!r}: max_wait={max_wait} waits for company: set max_batch, too")
+        if group not in ("stack", "cat"):
+            raise ConfigurationError(f'stage {self.name!r}: group must be "stack" or "cat", not {group!r}')
+        if replicas is None:
+            replicas = len(several)
+        if replicas < 1 or (len(several) > 1 and replicas != len(several)):
+            raise ConfigurationError(
+                f"stage {self.name!r}: {replicas} replicas on {len(several)} devices; name one device for all of them, "
+                "or one for each"
+            )
+        if replicas > 1 and not isinstance(fn, nn.Module):
+            raise ConfigurationError(f"stage {self.name!r}: only a module can have replicas, not a function")
+        self.named = name is not None
+        self.occupied: Any = None  # the open network that it is part of
+        self.max_batch = max_batch
+        self.max_wait = max_wait
+        self.group: Group = group
+        self.average_every = average_every
+        self.inbox = inbox
+        devices = several * replicas if len(several) == 1 else several
+        self.replicas = [
+            Replica(fn if number == 0 else copy.deepcopy(fn), None if spec is None else resolve(spec))
+            for number, spec in enumerate(devices)
+        ]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
+        """Queue one call for the instance that is running; ``await`` what it returns.
+
+        Raises:
+            ConfigurationError: outside of a network's forward. InputError: what cannot be batched.
+        """
+        instance = CURRENT.get()
+        if instance is None:
+            raise ConfigurationError(
+                f"stage {self.name!r} was called outside of an instance: call it from the network's forward, which "
+                "network.run(source), network.learn(source) or network.submit(x) start for each sample"
+            )
+        return instance.call(self, args, kwargs)
+
+    def __repr__(self) -> str:
+        more = f", replicas={len(self.replicas)}" if len(self.replicas) > 1 else ""
+        return f"Stage({self.name!r}, device={self.device!r}, max_batch={self.max_batch}{more})"
