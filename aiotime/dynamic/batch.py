@@ -84,7 +84,7 @@ class Batch:
         """The rows of what `joined` (or the module) made."""
         if not self.station.batches:
             return (tensor,)
-        return tensor.split(self.sizes) if self.station.cat else tensor.unbind(0)
+        return torch.split(tensor, self.sizes) if self.station.cat else tensor.unbind(0)
 
     def dangling(self) -> list[bool]:
         """Which of the joined inputs somebody upstream wants a gradient of."""

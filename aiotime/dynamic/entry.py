@@ -25,7 +25,7 @@ class Entry(Frame):
         self.loss: float | None = None
         super().__init__(owner, index, tail, arrived)
 
-    @property  # type: ignore[override]
+    @property
     def cancelled(self) -> bool:
         """Nobody wants the result any more."""
         return self._cancelled

@@ -209,8 +209,8 @@ class Floor:
             said = self.unused.get(stage, 0)
             self.unused[stage] = said + 1
             what = (
-                f"instance {entry.index} called stage {stage!r} and used its result neither for another call nor for the "
-                "loss, so nothing is learned from that call"
+                f"instance {entry.index} called stage {stage!r} and used its result neither for another call nor for "
+                "the loss, so nothing is learned from that call"
             )
             if instance.lesson.unused == "raise":
                 raise StageError(what, stage=stage, frame=entry.index, key=entry.key)
@@ -250,8 +250,8 @@ class Floor:
         stations = self.by_stage.get(stage)
         if stations is None:
             raise ConfigurationError(
-                f"stage {stage.name!r} is no part of network {self.name!r}: keep it as an attribute of the network (or in "
-                "a list or dict there) before the network is opened"
+                f"stage {stage.name!r} is no part of network {self.name!r}: keep it as an attribute of the network (or "
+                "in a list or dict there) before the network is opened"
             )
         station = stations[0] if len(stations) == 1 else self._route(instance, stations)
         call = Call(station, instance, args, kwargs)

@@ -73,7 +73,8 @@ class Inbox:
                 signature = max(groups, key=lambda each: min(self._most, len(groups[each])))
             eldest = min(groups, key=lambda each: groups[each][0].asked) if len(groups) > 1 else signature
             self._patience = PASSED_OVER if signature == eldest else self._patience - 1
-            group, taken = groups[signature], []
+            group = groups[signature]
+            taken: list[Call] = []
             while group and len(taken) < self._most:
                 call = group.popleft()
                 self._inside -= 1

@@ -1,7 +1,7 @@
 """Instance: one sample's own way through a network, and the way back.
 
     forward   coroutine ── await stage(x) ──▶ Call … Call ──▶ loss
-    back      loss ──▶ leaves it is made of ──▶ a call whose users have all returned ──▶ its batch ──▶ leaves of its inputs …
+    back      loss ──▶ leaves it is made of ──▶ a call whose users have all returned ──▶ its batch ──▶ its inputs …
 
 What a stage returns is cut off: a leaf. Tensor code between two stages records a small graph of its own, from leaves
 to the inputs of the next call; a call's gradient goes through that graph and gathers in the leaves (`Tensor.grad`). So
@@ -200,8 +200,8 @@ class Instance:
             return None
         entry = self.entry
         return StageError(
-            f"instance {entry.index} returned while calls of {', '.join(map(repr, pending))} were still under way; await "
-            "every stage that it calls",
+            f"instance {entry.index} returned while calls of {', '.join(map(repr, pending))} were still under way; "
+            "await every stage that it calls",
             stage=pending[0],
             frame=entry.index,
             key=entry.key,

@@ -93,11 +93,11 @@ class Lane:
         while self._launch():
             if self.stream.wants_host_ready:  # it has run here and now: let others have the loop
                 break
-        if self._quiet < QUIET or (self.running == 0 and self._ready()):
-            if self._back or any(len(station.inbox) for station in self.stations):
-                self._floor.loop.call_soon(self._turn)
-                return
-        self._turning = False
+        wanted = self._back or any(len(station.inbox) for station in self.stations)
+        if wanted and (self._quiet < QUIET or (self.running == 0 and self._ready())):
+            self._floor.loop.call_soon(self._turn)
+        else:
+            self._turning = False
 
     def _ready(self) -> bool:
         return bool(self._back) or any(len(station.inbox) and not station.hesitates() for station in self.stations)

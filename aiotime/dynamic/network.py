@@ -92,7 +92,10 @@ class Network:
             source: an async iterable, an iterable or a callable of samples or `Sample`.
             max_active_keys: instances in flight.
             ordered: predictions leave in the order of the source; False: as they are ready.
-            overflow: see `Pipeline.run`, as for ``on_error``, ``deadline`` and ``failure_budget``.
+            overflow: see `Pipeline.run`.
+            on_error: see there.
+            deadline: seconds after its arrival within which an instance must make its last call, else it is shed.
+            failure_budget: see there.
             window: instances in flight or waiting for their turn to leave; None: four times ``max_active_keys``.
             paths: keep each instance's `Path`.
         """
@@ -152,10 +155,16 @@ class Network:
             corrections: for the delay, see `aiotime.learning.corrections`.
             unused: what happens where a call's result is used neither by another call nor by the loss: "warn" (once per
                 stage, in the log), "raise", "ignore".
-            scheduler, param_groups, clip_norm, guard, precision, supervised: as for any rule of `aiotime.learning`.
+            scheduler: as for any rule of `aiotime.learning`.
+            param_groups: likewise.
+            clip_norm: likewise.
+            guard: likewise.
+            precision: likewise.
+            supervised: likewise.
             ordered: steps leave in the order of the source; False: as they are ready.
-            on_error: see `Pipeline.run`, as for ``deadline`` and ``failure_budget``. An instance that fails is learned
-                from no further; others go on.
+            on_error: see `Pipeline.run`. An instance that fails is not learned from; others go on.
+            deadline: seconds after its arrival within which an instance must make its last call, else it is shed.
+            failure_budget: see `Pipeline.run`.
             window: instances in flight or waiting for their turn to leave; None: four times ``max_active_keys``.
             paths: keep each instance's `Path`.
 

@@ -1,4 +1,4 @@
-"""Path: the way of one instance through a network: which stage, when, in which batch, from which results. A drawing of it.
+"""Path: one instance's way through a network: which stage, when, in which batch, from which results.
 
 print(step.path)            a line per call
 step.path.draw("path.png")  stages as rows, time to the right, an arrow per result that another call used

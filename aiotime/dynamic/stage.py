@@ -17,6 +17,7 @@ from aiotime.devices import resolve
 from aiotime.devices.base import Device
 from aiotime.dynamic.instance import CURRENT
 from aiotime.errors import ConfigurationError
+from aiotime.learning.settings import whole_number
 from aiotime.stage import Stage as LinearStage
 
 if TYPE_CHECKING:
@@ -81,9 +82,9 @@ class Stage(LinearStage):
     ) -> None:
         several = [device] if device is None or isinstance(device, str | Device) else list(device)
         super().__init__(fn, device=several[0] if several else None, name=name)
-        for what, value in (("max_batch", max_batch), ("average_every", average_every), ("inbox", inbox)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigurationError(f"stage {self.name!r}: {what} is a number from 1, not {value!r}")
+        whole_number("max_batch", max_batch, "a number of calls")
+        whole_number("average_every", average_every, "a number of updates")
+        whole_number("inbox", inbox, "a number of calls")
         if not max_wait >= 0:
             raise ConfigurationError(f"stage {self.name!r}: max_wait is a number of seconds from 0, not {max_wait!r}")
         if max_wait and max_batch == 1:

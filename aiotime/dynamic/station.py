@@ -57,6 +57,7 @@ class Station:
         self.sizes: dict[int, int] = {}  # calls of a batch -> how many forwards
         self.back_sizes: dict[int, int] = {}  # and backwards
         self.numbers = 0  # batches so far
+        assert replica.device is not None
         self._on_host = replica.device.on_host
         self._training = [m for m in self.module.modules() if m.training] if self.module is not None else []
         self._trains = True  # the mode they are in
@@ -106,7 +107,7 @@ class Station:
         for call in calls:
             try:
                 call.instance.check()
-            except Exception as error:  # nobody wants it any more
+            except AiotimeError as error:  # nobody wants it any more
                 self._refuse(call, error)
             else:
                 wanted.append(call)
@@ -118,7 +119,7 @@ class Station:
         self.sizes[len(wanted)] = self.sizes.get(len(wanted), 0) + 1
         try:
             given = None if self._on_host else batch.joined()  # one copy to the device, not one per call
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever the calls' tensors cannot do
             self._failed(batch, error)
             self.lane.settled()
             return
@@ -148,7 +149,7 @@ class Station:
         outputs: list[torch.Tensor] = value
         try:
             parts = [batch.parted(output) for output in outputs]
-        except Exception as cause:
+        except Exception as cause:  # noqa: BLE001 - whatever the stage returned
             self._failed(batch, cause)
             return
         learning = batch.learning
@@ -210,7 +211,7 @@ class Station:
         self.back_sizes[batch.live] = self.back_sizes.get(batch.live, 0) + 1
         try:
             seeds = batch.seeds()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - gradients that do not fit
             self.lane.settled()
             self._back_failed(batch, error)
             return
@@ -249,7 +250,8 @@ class Station:
                 module.training = training
 
     def _infer(self, value: Any) -> list[torch.Tensor]:
-        batch, given = value
+        batch: Batch = value[0]
+        given: list[Any] | None = value[1]
         batch.begun = self.floor.now()
         self._switch(False)
         try:
@@ -258,7 +260,8 @@ class Station:
             batch.ended = self.floor.now()
 
     def _learn(self, value: Any) -> list[torch.Tensor]:
-        batch, given = value
+        batch: Batch = value[0]
+        given: list[Any] | None = value[1]
         batch.begun = self.floor.now()
         self._switch(True)
         hands = self.hands
@@ -275,11 +278,11 @@ class Station:
             batch.ended = self.floor.now()
 
     def _backward(self, value: Any) -> Grads:
-        batch, seeds = value
+        batch: Batch = value[0]
         begun = self.floor.now()
         hands = self.hands
         assert hands is not None
-        down, grads = batch.backward(seeds)
+        down, grads = batch.backward(value[1])
         self.kept.discard(batch)
         lag = hands.weights.version - batch.version
         hands.take(batch, grads, list(self.kept))

@@ -7,8 +7,8 @@ import random
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 from aiotime.dynamic import Network, Stage
 from aiotime.frame import Sample
@@ -64,7 +64,7 @@ class TreeNet(Network):
             await self.gate(h)
         first, second = await asyncio.gather(self.head(h), self.head(torch.stack(every).mean(0)))
         y = torch.tensor(label)
-        loss: torch.Tensor = F.cross_entropy(first, y) + 0.3 * F.cross_entropy(second, y)
+        loss: torch.Tensor = functional.cross_entropy(first, y) + 0.3 * functional.cross_entropy(second, y)
         return loss + 0.01 * sum((each**2).sum() for each in every[:2])
 
 

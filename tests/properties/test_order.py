@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from aiotime import Pipeline, Sample, SimulatedDevice, Stage, VirtualClock
 from aiotime.devices.base import Work
+from aiotime.engine import Engine
 from aiotime.errors import DeadlineExceeded, FrameCancelled, FrameShed, StageError
 from aiotime.frame import Frame
 from aiotime.runs import Run
@@ -197,7 +198,7 @@ def test_leaving_early(play: Play, schedule: Schedule, after: int, how: str) -> 
             assert got == list(range(len(got)))
             assert counts_add_up(run)
             engine = run._state.engine
-            assert engine is not None
+            assert isinstance(engine, Engine)
             assert (engine.door.used, engine.frames, engine.runs, engine.door.full) == (0, set(), set(), False)
         taken = run.stats().frames_in
         outcomes = [tape.outcome(i) for i in range(taken)]
