@@ -536,6 +536,10 @@ class Pipeline:
             if timer is not None:
                 timer.cancel()
 
+    async def __call__(self, frame: Any) -> Any:
+        """As a part of an `aiotime.dynamic.Network`: the output for one frame; no gradient passes through it."""
+        return (await self.submit(frame)).output
+
     async def drain(self) -> None:
         """Finish what was accepted, accept nothing new: requests are refused, runs stop pulling.
 

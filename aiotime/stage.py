@@ -100,7 +100,7 @@ class Stage:
         if not callable(fn):
             raise ConfigurationError(f"a stage is made of a function or module, not of a {type(fn).__name__}")
         call = fn.forward if isinstance(fn, torch.nn.Module) else fn
-        if inspect.iscoroutinefunction(call):
+        if inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__):
             raise ConfigurationError(
                 f"stage {_name_of(fn)!r} is an async function; a stage computes. Await in the source, or in the "
                 "body of 'async for' behind the pipeline"

@@ -11,10 +11,11 @@ eager.py     plain PyTorch, to compare        instance.py  one sample's way, and
                                               average.py   replicas become their mean
 """
 
+from aiotime.dynamic.chain import Chain
 from aiotime.dynamic.network import Network
 from aiotime.dynamic.path import Path, Visit
 from aiotime.dynamic.stage import Stage
 from aiotime.dynamic.stats import NetworkStats, StationStats
 from aiotime.dynamic.step import Step
 
-__all__ = ["Network", "NetworkStats", "Path", "Stage", "StationStats", "Step", "Visit"]
+__all__ = ["Chain", "Network", "NetworkStats", "Path", "Stage", "StationStats", "Step", "Visit"]

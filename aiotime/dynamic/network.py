@@ -41,8 +41,8 @@ class Network:
 
     Make stages in ``__init__``, call them in ``async def forward(self, sample)``. In there a branch is ``if``, a loop
     ``for``, a tree recursion, a join ``asyncio.gather``; tensor code between the calls is part of the network.
-    Nested networks are called like stages: ``await self.part(x)``. A `Pipeline` kept as an attribute is opened
-    with the network; ``(await self.trunk.submit(x)).output`` is then a constant for learning.
+    Nested networks and `Chain` are called like stages, ``await self.part(x)``, and so is a `Pipeline` kept as an
+    attribute, which is opened with the network (``async with network:``); its output is a constant for learning.
 
     Example:
         >>> class Twice(aiotime.dynamic.Network):
