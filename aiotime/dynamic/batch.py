@@ -25,10 +25,15 @@ _TENSOR = object()  # the place of a tensor among what a module returned
 
 
 class Batch:
-    """Calls with the same signature, and what their forward leaves for their backward."""
+    """Calls with the same signature, and what their forward leaves for their backward.
+
+    Rows may come back at different times. Usually the backward waits for all of them; where the device would idle (an
+    instance waits for something outside) some rows go first, with zeros for the others: gradients are sums.
+    """
 
     __slots__ = (
         "begun",
+        "busy",
         "calls",
         "done",
         "ended",
@@ -36,9 +41,9 @@ class Batch:
         "grads",
         "learning",
         "left",
-        "live",
         "number",
         "outputs",
+        "ready",
         "sizes",
         "spec",
         "station",
@@ -53,7 +58,8 @@ class Batch:
         self.number = number
         self.learning = calls[0].instance.lesson is not None
         self.left = len(calls)  # rows whose gradient has not come
-        self.live = 0  # rows that got one
+        self.ready: list[int] = []  # rows whose gradient has come and waits for a backward
+        self.busy = False  # a backward of some rows is under way
         self.grads: list[Grads | None] = [None] * len(calls)
         self.entry: list[torch.Tensor] = []  # what the module was called with; leaves of its graph
         self.outputs: list[torch.Tensor] = []  # with their graph
@@ -145,10 +151,12 @@ class Batch:
                     "that dimension, or give the stage max_batch=1"
                 )
 
-    def backward(self, seeds: list[Any]) -> tuple[Grads, Grads]:
-        """(gradients of what went in, gradients of the weights), both summed over nothing but the batch.
+    def backward(self, seeds: Grads, *, last: bool) -> tuple[Grads, Grads]:
+        """(gradients of what went in, gradients of the weights summed over the rows).
 
-        ``seeds``: gradients of the outputs, joined; None where nobody used one.
+        Args:
+            seeds: gradients of the outputs, joined; None where nobody used one.
+            last: no row of it will come again: the graph is freed.
         """
         pairs = [
             (output, seed)
@@ -163,6 +171,7 @@ class Batch:
             [*wanted, *self.weights],
             [seed for _, seed in pairs],
             allow_unused=True,
+            retain_graph=not last,
         )
         found = iter(grads)
         down = [next(found) if leaf.requires_grad else None for leaf in self.entry]
@@ -170,11 +179,12 @@ class Batch:
 
     # ------------------------------------------------------------------ on the loop
 
-    def seeds(self) -> list[torch.Tensor | None]:
-        """The rows' gradients joined; zeros for rows without one."""
-        found: list[torch.Tensor | None] = []
+    def seeds(self, chosen: Sequence[int]) -> Grads:
+        """The gradients of the ``chosen`` rows joined; zeros for the others."""
+        found: Grads = []
+        wanted = set(chosen)
         for at, output in enumerate(self.outputs):
-            rows = [None if grads is None else grads[at] for grads in self.grads]
+            rows = [grads[at] if grads is not None and row in wanted else None for row, grads in enumerate(self.grads)]
             present = next((row for row in rows if row is not None), None)
             if present is None or not output.requires_grad:
                 found.append(None)

@@ -95,7 +95,7 @@ class Floor:
         self.tracer: Tracer | None = None
         self.unused: dict[str, int] = {}  # stage -> instances that did not use all its results
         self.routed = 0  # instances sent to a replica so far
-        self._jobs = 0  # launched and not settled
+        self.jobs = 0  # launched and not settled
         self._quiet: list[asyncio.Future[None]] = []
         self._beating = False
         self._closing: asyncio.Task[None] | None = None
@@ -297,7 +297,7 @@ class Floor:
         warn_of_batch_norm([site for station, site in todo if station.hands is None])
         if not todo:
             return None
-        if not self._jobs:
+        if not self.jobs:
             for station, site in todo:
                 station.enrol(site, lesson)
             return None
@@ -330,14 +330,14 @@ class Floor:
     def launch(self, station: Station, work: Work, batch: Batch, value: Any, then: Settled) -> None:
         """Queue a batch on its device stream."""
         job = Job(batch, station.lane, then, batch.number, value, self.now())
-        self._jobs += 1
+        self.jobs += 1
         station.lane.stream.launch(work, job, last=True)
         station.lane.stream.ring()
 
     def _act(self, station: Station, action: Callable[[], None], then: Settled | None = None) -> None:
         """Run ``action`` on the station's device stream, behind what was launched there."""
         job = Job(None, station.lane, then or _nothing, -1, None, self.now())
-        self._jobs += 1
+        self.jobs += 1
         station.lane.stream.exclusive(station.back, _with_grad(action), job, last=True)
         station.lane.stream.ring()
 
@@ -357,7 +357,7 @@ class Floor:
 
     def _settle(self, job: Job, pending: Pending, error: BaseException | None) -> None:
         value, pending.value = pending.value, None
-        self._jobs -= 1
+        self.jobs -= 1
         batch, job.batch = job.batch, None
         if batch is not None:
             job.lane.running -= 1
@@ -365,7 +365,9 @@ class Floor:
             job.lane.look()
         else:
             job.then(None, value, error)  # type: ignore[arg-type]
-        if not self._jobs:
+        if not self.jobs:
+            for lane in self.lanes:  # what only waits for better company need not wait any more
+                lane.look()
             for future in self._quiet:
                 if not future.done():
                     future.set_result(None)
@@ -379,7 +381,7 @@ class Floor:
         await self._no_jobs()
 
     async def _no_jobs(self) -> None:
-        while self._jobs:
+        while self.jobs:
             future: asyncio.Future[None] = self.loop.create_future()
             self._quiet.append(future)
             await future

@@ -60,19 +60,19 @@ class Hands:
             return nullcontext()
         return self.weights.using([nn.Parameter(tensor) for tensor in found])
 
-    def take(self, batch: Batch, grads: Grads, held: Sequence[Batch]) -> None:
-        """The gradient of ``batch.live`` uses; ``held``: batches whose backward is still to come."""
+    def take(self, batch: Batch, grads: Grads, count: int, held: Sequence[Batch]) -> None:
+        """The gradient of ``count`` uses; ``held``: batches of which a backward is still to come."""
         if self.updater is None:
             return
         lag = self.weights.version - batch.version
-        self.delays[lag] += batch.live
+        self.delays[lag] += count
         self.lag += (lag - self.lag) / 8
-        self.learned += batch.live
+        self.learned += count
         if self.lesson.corrections:
             with torch.no_grad():
                 grads = self.corrected.gradients(grads, used=batch.weights, delay=lag)
         self.updater.add(grads)
-        self.updater.gathered += batch.live - 1
+        self.updater.gathered += count - 1
         if not self.lesson.per_instance and self.updater.gathered >= self.lesson.frequency:
             self.update(self.updater.gathered, held)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from aiotime.dynamic.call import Call
 from aiotime.errors import ConfigurationError, DeadlineExceeded, FrameCancelled, StageError
 
 if TYPE_CHECKING:
+    from aiotime.dynamic.batch import Batch, Grads
     from aiotime.dynamic.entry import Entry
     from aiotime.dynamic.floor import Floor
     from aiotime.dynamic.lesson import Lesson
@@ -251,43 +252,49 @@ def give(ready: Iterable[Call]) -> None:
             continue
         if not batch.done:
             continue  # it runs at the moment; whoever ends it comes back here
+        batch.left -= 1
         if call.instance.error is None and any(leaf.grad is not None for leaf in call.leaves):
             batch.grads[call.row] = [leaf.grad for leaf in call.leaves]
-            batch.live += 1
-        batch.left -= 1
-        if batch.left == 0:
-            if batch.live and batch.outputs:
-                batch.station.lane.turn_back(batch)
-            else:
-                todo.extend(returned(batch, None))
+            batch.ready.append(call.row)
+        else:  # nothing comes back through it
+            todo.extend(_free(call))
+        follow(batch)
 
 
-def returned(batch: Any, grads: list[torch.Tensor | None] | None) -> list[Call]:
-    """The batch's gradients have come (None: there are none): pass them on. The calls that are ready now."""
-    local: list[torch.Tensor] = []
-    outer: list[torch.Tensor] = []
-    calls = batch.calls
+def follow(batch: Batch) -> None:
+    """What is to be done with a batch whose rows have changed."""
+    if batch.busy:
+        return  # asked again when its backward has ended
+    if batch.ready:
+        batch.station.lane.turn_back(batch)
+    elif batch.left == 0:
+        batch.station.kept.discard(batch)
+        batch.forget()
+
+
+def returned(batch: Batch, rows: Sequence[int], grads: Grads | None) -> list[Call]:
+    """Gradients of what went into ``rows`` have come (None: there are none): pass them on. The calls ready now."""
+    calls = [batch.calls[row] for row in rows]
     if grads is not None:
-        rows = [None if grad is None else batch.parted(grad) for grad in grads]
-        for row, call in enumerate(calls):
-            if batch.grads[row] is None:
-                continue
+        local: list[torch.Tensor] = []
+        outer: list[torch.Tensor] = []
+        parts = [None if grad is None else batch.parted(grad) for grad in grads]
+        for row, call in zip(rows, calls, strict=True):
             leaves = call.instance.leaves
-            for tensor, parts in zip(call.tensors, rows, strict=True):
-                if parts is None or not tensor.requires_grad:
+            for tensor, part in zip(call.tensors, parts, strict=True):
+                if part is None or not tensor.requires_grad:
                     continue
                 if id(tensor) in leaves:
-                    gather(tensor, parts[row])
+                    gather(tensor, part[row])
                 else:
                     local.append(tensor)
-                    outer.append(parts[row])
+                    outer.append(part[row])
         if local:  # one call for the graphs of all rows
             torch.autograd.backward(local, outer, retain_graph=True)
     ready: list[Call] = []
-    for call in calls:
+    for row, call in zip(rows, calls, strict=True):
+        batch.grads[row] = None
         ready += _free(call)
-    batch.station.kept.discard(batch)
-    batch.forget()
     return ready
 
 

@@ -11,7 +11,6 @@ their next calls. Waiting costs microseconds; a call that runs alone costs a bat
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING
 
 from aiotime.devices.base import DeviceStream
@@ -46,7 +45,7 @@ class Lane:
         self.stream = stream
         self.stations: list[Station] = []
         self.running = 0  # jobs launched and not settled
-        self._back: deque[Batch] = deque()
+        self._back: dict[Batch, None] = {}  # with rows to turn back, complete or not, in the order they came
         self._arrived = 0
         self._seen = 0
         self._quiet = 0
@@ -55,7 +54,7 @@ class Lane:
 
     @property
     def waiting(self) -> int:
-        """Batches whose gradients are complete and whose backward has not begun."""
+        """Batches with rows that wait for their backward."""
         return len(self._back)
 
     def arrived(self) -> None:
@@ -65,8 +64,9 @@ class Lane:
             self._turn_soon()
 
     def turn_back(self, batch: Batch) -> None:
-        """All gradients of ``batch`` are there."""
-        self._back.append(batch)
+        """Gradients of rows of ``batch`` are there."""
+        self._back[batch] = None
+        self._arrived += 1
         if not self._turning:
             self._turn_soon()
 
@@ -83,9 +83,9 @@ class Lane:
     def _turn_soon(self) -> None:
         self._turning = True
         self._quiet = 0
-        self._floor.loop.call_soon(self._turn)
+        self._floor.loop.call_soon(self._take_turn)
 
-    def _turn(self) -> None:
+    def _take_turn(self) -> None:
         if self._arrived != self._seen:
             self._seen, self._quiet = self._arrived, 0
         else:
@@ -95,24 +95,46 @@ class Lane:
                 break
         wanted = self._back or any(len(station.inbox) for station in self.stations)
         if wanted and (self._quiet < QUIET or (self.running == 0 and self._ready())):
-            self._floor.loop.call_soon(self._turn)
+            self._floor.loop.call_soon(self._take_turn)
         else:
             self._turning = False
 
     def _ready(self) -> bool:
-        return bool(self._back) or any(len(station.inbox) and not station.hesitates() for station in self.stations)
+        return (bool(self._back) and not self._floor.jobs) or any(
+            len(station.inbox) and not station.hesitates() for station in self.stations
+        )
 
     def _launch(self) -> bool:
         """Launch one job if there is room and reason."""
         if self.running >= AHEAD:
             return False
-        if self._back:
-            batch = self._back.popleft()
+        some: Batch | None = None
+        for batch in self._back:
+            if batch.left == 0:
+                return self._turn(batch)
+            if some is None or len(batch.ready) > len(some.ready):
+                some = batch
+        station = self._fullest()
+        if station is None:
+            # a batch is turned back in parts only where all devices idle: its graph is walked again for each part
+            idle = not self._floor.jobs and self._quiet >= QUIET
+            return some is not None and idle and self._turn(some)
+        calls = station.inbox.take()
+        if calls:  # else they had been withdrawn
             self.running += 1
-            batch.station.launch_backward(batch)
-            return True
+            station.launch_forward(calls)
+        return True
+
+    def _turn(self, batch: Batch) -> bool:
+        del self._back[batch]
+        self.running += 1
+        batch.station.launch_backward(batch)
+        return True
+
+    def _fullest(self) -> Station | None:
+        """The station whose next forward takes the most calls; those that hesitate are left out."""
         best: Station | None = None
-        most = 0.0
+        most = 0
         for station in self.stations:
             if not len(station.inbox):
                 continue
@@ -125,14 +147,7 @@ class Lane:
                 continue
             if size > most:
                 best, most = station, size
-        if best is None:
-            return False
-        calls = best.inbox.take()
-        if not calls:
-            return True  # they had been withdrawn
-        self.running += 1
-        best.launch_forward(calls)
-        return True
+        return best
 
     def _look_again(self, station: Station) -> None:
         """When the oldest call has waited as long as it may."""

@@ -7,6 +7,7 @@ grads ──▶ launch_backward ─▶ [device stream: autograd, update] ──�
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from aiotime.dynamic.batch import Batch, Grads
 from aiotime.dynamic.call import Call
 from aiotime.dynamic.hands import Hands
 from aiotime.dynamic.inbox import Inbox
-from aiotime.dynamic.instance import give, returned
+from aiotime.dynamic.instance import follow, give, returned
 from aiotime.errors import AiotimeError, StageError
 from aiotime.learning.learner import Site
 
@@ -207,39 +208,47 @@ class Station:
     # ------------------------------------------------------------------ backward, on the loop
 
     def launch_backward(self, batch: Batch) -> None:
-        """All rows of ``batch`` have their gradients (or will never have one)."""
-        self.back_sizes[batch.live] = self.back_sizes.get(batch.live, 0) + 1
+        """Those rows of ``batch`` whose gradients are here."""
+        rows, batch.ready, batch.busy = batch.ready, [], True
+        self.back_sizes[len(rows)] = self.back_sizes.get(len(rows), 0) + 1
         try:
-            seeds = batch.seeds()
+            seeds = batch.seeds(rows)
         except Exception as error:  # noqa: BLE001 - gradients that do not fit
             self.lane.settled()
-            self._back_failed(batch, error)
+            self._back_failed(batch, rows, error)
             return
-        self.floor.launch(self, self.back, batch, [batch, seeds], self._backward_settled)
+        then = partial(self._backward_settled, rows)
+        self.floor.launch(self, self.back, batch, [batch, seeds, len(rows), batch.left == 0], then)
 
-    def _backward_settled(self, batch: Batch, value: Any, error: BaseException | None) -> None:
+    def _backward_settled(self, rows: list[int], batch: Batch, value: Any, error: BaseException | None) -> None:
         if error is not None:
-            self._back_failed(batch, error)
+            self._back_failed(batch, rows, error)
             return
         hands = self.hands
         if hands is not None:
             lag = batch.turned[2]
-            for row, call in enumerate(batch.calls):
-                if batch.grads[row] is not None:
-                    instance = call.instance
-                    instance.touched.add(self)
-                    if lag > instance.lags.get(self.index, -1):
-                        instance.lags[self.index] = lag
-                    if instance.recorded:
-                        self.floor.turned(call)
-        down: Grads = value
-        give(returned(batch, down))
+            for row in rows:
+                call = batch.calls[row]
+                instance = call.instance
+                instance.touched.add(self)
+                if lag > instance.lags.get(self.index, -1):
+                    instance.lags[self.index] = lag
+                if instance.recorded:
+                    self.floor.turned(call)
+        self._back(batch, rows, value)
 
-    def _back_failed(self, batch: Batch, error: BaseException) -> None:
-        for call in batch.calls:
-            if call.instance.error is None:
-                call.instance.error = self._blamed(self.back, call, error)
-        give(returned(batch, None))
+    def _back_failed(self, batch: Batch, rows: list[int], error: BaseException) -> None:
+        for row in rows:
+            instance = batch.calls[row].instance
+            if instance.error is None:
+                instance.error = self._blamed(self.back, batch.calls[row], error)
+        self._back(batch, rows, None)
+
+    def _back(self, batch: Batch, rows: list[int], grads: Grads | None) -> None:
+        ready = returned(batch, rows, grads)
+        batch.busy = False
+        follow(batch)
+        give(ready)
 
     # ------------------------------------------------------------------ where the jobs run
 
@@ -282,10 +291,12 @@ class Station:
         begun = self.floor.now()
         hands = self.hands
         assert hands is not None
-        down, grads = batch.backward(value[1])
-        self.kept.discard(batch)
+        seeds, count, last = value[1:]
+        down, grads = batch.backward(seeds, last=last)
+        if last:
+            self.kept.discard(batch)
         lag = hands.weights.version - batch.version
-        hands.take(batch, grads, list(self.kept))
+        hands.take(batch, grads, count, list(self.kept))
         batch.turned = (begun, self.floor.now(), lag)
         return down
 
