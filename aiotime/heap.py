@@ -28,8 +28,8 @@ PAD = 64 * MEBIBYTE  # a whole heap: less, and a thread gives a heap back as soo
 def keep_freed_memory() -> bool:
     """Make the C library keep freed memory for the next frame; return whether it does.
 
-    At batch 1 a convolutional net spends a fifth of its time and more on page faults, because glibc gives the memory
-    of each activation back to the system and asks for it again. Blocks of up to 64 MiB (32 MiB where an older glibc
+    A net with activations of megabytes may spend a fifth of its time on page faults, because glibc gives the memory of
+    each activation back to the system and asks for it again. Blocks of up to 64 MiB (32 MiB where an older glibc
     takes no more) stay with the process from now on, those of worker threads as well. Larger ones are mapped and given
     back as before.
 
