@@ -13,6 +13,7 @@ The rooms, from the top; a module imports only from rooms below it:
     learning                     rules of learning on the stream, and what runs them
     devices, channel, frame      where work runs; bounded queues; what travels
     observe, errors              meters, statistics, traces, logs; every error
+    loop, heap                   asyncio.run on uvloop; what the C library does with freed memory
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from aiotime.devices import CpuDevice, Device, InlineDevice, SimulatedDevice, VirtualClock
     from aiotime.errors import AiotimeError
     from aiotime.frame import LATER, Prediction, Sample
+    from aiotime.heap import keep_freed_memory
     from aiotime.loop import run
     from aiotime.observe.stats import Stats
     from aiotime.pipeline import Pipeline
@@ -50,6 +52,7 @@ _HOMES = {
     "Stage": "aiotime.stage",
     "Stats": "aiotime.observe.stats",
     "VirtualClock": "aiotime.devices",
+    "keep_freed_memory": "aiotime.heap",
     "plan": "aiotime.planning",
     "retry": "aiotime.stage",
     "run": "aiotime.loop",
@@ -71,6 +74,7 @@ __all__ = [
     "Stage",
     "Stats",
     "VirtualClock",
+    "keep_freed_memory",
     "plan",
     "retry",
     "run",

@@ -7,10 +7,18 @@ import sys
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from aiotime.heap import keep_freed_memory
+
 T = TypeVar("T")
 
 
-def run(main: Coroutine[Any, Any, T], *, debug: bool | None = None, switch_interval: float | None = None) -> T:
+def run(
+    main: Coroutine[Any, Any, T],
+    *,
+    debug: bool | None = None,
+    switch_interval: float | None = None,
+    keep_memory: bool = True,
+) -> T:
     """Run ``main`` to its end on a new event loop, uvloop's where it is installed, and return its result.
 
     The same as ``asyncio.run``: Ctrl-C cancels ``main``, remaining tasks are cancelled at the end.
@@ -22,6 +30,9 @@ def run(main: Coroutine[Any, Any, T], *, debug: bool | None = None, switch_inter
         switch_interval: seconds after which a thread that computes in pure Python must let go of the GIL
             (``sys.setswitchinterval``; CPython's default is 0.005). Lower it, to 0.0005 say, where such a
             thread must live beside eager stages; it is set back at the end.
+        keep_memory: call `aiotime.keep_freed_memory` first. On by default, because who calls ``run`` owns the process
+            and frames come faster for it; it is not set back at the end, because nothing can. Turn it off where
+            the process shall give memory back after its peak.
 
     Example:
         >>> async def main():
@@ -29,6 +40,8 @@ def run(main: Coroutine[Any, Any, T], *, debug: bool | None = None, switch_inter
         >>> aiotime.run(main())
         42
     """
+    if keep_memory:
+        keep_freed_memory()
     before = sys.getswitchinterval()
     if switch_interval is not None:
         sys.setswitchinterval(switch_interval)

@@ -104,6 +104,15 @@ def machine() -> dict[str, str | int | float]:
     }
 
 
+def _memory(*, plain: bool) -> str:
+    """Keep freed memory unless told otherwise; what holds now, in words."""
+    import aiotime
+
+    if plain:
+        return "plain malloc"
+    return "freed memory kept" if aiotime.keep_freed_memory() else "malloc as it came"
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -120,6 +129,11 @@ def parser(question: str) -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="toy sizes: does it run? (the figures mean nothing)")
     made.add_argument("--rounds", type=int, help="how often each contender runs")
     made.add_argument(
+        "--plain-malloc",
+        action="store_true",
+        help="let the C library give freed memory back (aiotime.keep_freed_memory)",
+    )
+    made.add_argument(
         "--save",
         nargs="?",
         const="",
@@ -132,19 +146,24 @@ def parser(question: str) -> argparse.ArgumentParser:
 class Report:
     """What was measured: printed as it comes, written to ``results/`` where asked.
 
+    Made before anything is measured: freed memory is kept from here on, for every contender, but with --plain-malloc.
+
     Args:
         script: the ``__file__`` of the benchmark; results go beside it.
         question: what is asked, one line.
         setup: thread counts, sizes, whatever the figures depend on.
         arguments: as parsed by `parser`.
+        memory: what malloc does, in words, where the benchmark sees to it itself.
     """
 
-    def __init__(self, script: str, *, question: str, setup: str, arguments: argparse.Namespace) -> None:
+    def __init__(
+        self, script: str, *, question: str, setup: str, arguments: argparse.Namespace, memory: str | None = None
+    ) -> None:
         self._folder = Path(script).parent / "results"
         self._label: str | None = arguments.save
         self._quick: bool = arguments.quick
         self._lines: list[str] = []
-        self.machine = machine()
+        self.machine = machine() | {"memory": memory or _memory(plain=arguments.plain_malloc)}
         self._data: dict[str, Any] = {
             "question": question,
             "setup": setup,
@@ -158,7 +177,7 @@ class Report:
         self.say(
             f"{facts['date']} · {facts['processor']}, {facts['cores']} cores, {facts['system']}, "
             f"load {facts['load']} · Python {facts['python']}, torch {facts['torch']}, uvloop {facts['uvloop']}, "
-            f"aiotime {facts['aiotime']}"
+            f"aiotime {facts['aiotime']} · {facts['memory']}"
         )
         self.say("", setup)
         if self._quick:

@@ -93,6 +93,28 @@ def test_results_are_written_where_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("importable")
+def test_a_report_says_what_malloc_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Freed memory is kept for every contender; --plain-malloc leaves malloc alone; the first line tells them apart."""
+    from benchmarks import _harness
+
+    calls: list[None] = []
+
+    def keep() -> bool:
+        calls.append(None)
+        return True
+
+    monkeypatch.setattr("aiotime.keep_freed_memory", keep)
+    for options, words, called in (([], "freed memory kept", 1), (["--plain-malloc"], "plain malloc", 1)):
+        arguments = _harness.parser("Is it so?").parse_args(options)
+        report = _harness.Report(str(tmp_path / "x.py"), question="Is it so?", setup="", arguments=arguments)
+        assert report.machine["memory"] == words
+        assert words in capsys.readouterr().out.splitlines()[2]
+        assert len(calls) == called
+
+
+@pytest.mark.usefixtures("importable")
 def test_contenders_take_turns() -> None:
     """Forwards and backwards, and a ratio is the median of the ratios within the rounds."""
     from benchmarks._harness import take_turns

@@ -26,5 +26,7 @@ def main() -> None:
     except ImportError as error:
         sys.exit(f'the command line of aiotime needs {error.name}: pip install "aiotime[cli]"')
     from aiotime.cli.commands import commands
+    from aiotime.heap import keep_freed_memory
 
+    keep_freed_memory()  # before models are built, so that plans are measured as the job will run
     commands(prog_name="aiotime")

@@ -34,3 +34,16 @@ def test_without_the_extra_it_says_what_to_install(missing: str, monkeypatch: py
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit, match=r"aiotime\[cli\]"):
         main()
+
+
+def test_the_command_keeps_freed_memory_from_its_start_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process is the command's own, and a plan is to be measured as the job will run."""
+    calls: list[None] = []
+    monkeypatch.setattr("aiotime.heap.keep_freed_memory", lambda: calls.append(None))
+    monkeypatch.setattr(sys, "argv", ["aiotime", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert calls == [None]
+    assert aiotime.__version__ in capsys.readouterr().out
