@@ -4,6 +4,7 @@ The rooms, from the top; a module imports only from rooms below it:
 
     cli                          aiotime run | plan | demo
     streams, sources             aiostream operators; video, folders, cameras, stdin
+    dynamic                      Network: instances are coroutines, stages batch what waits
     pipeline                     Pipeline: build, open, run, submit, drain, weights, statistics
     keeper, standstill,          what a checkpoint reads and writes; the pause in which it does;
     checkpoint, frozen           its files; a copy of the live model to evaluate

@@ -22,6 +22,7 @@ M_MMAP_THRESHOLD = -3
 # refuses more than 32.
 MMAP_THRESHOLDS = (64 * MEBIBYTE, 32 * MEBIBYTE)
 NEVER = -1
+SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 PAD = 64 * MEBIBYTE  # a whole heap: less, and a thread gives a heap back as soon as nothing in it is used
 
 
@@ -38,8 +39,8 @@ def keep_freed_memory() -> bool:
     nothing. `aiotime.run` and the command line call it.
 
     Returns False, and changes nothing, where the C library is not glibc (musl, macOS, Windows), where another malloc
-    has been loaded in its place, and where somebody has decided: a variable ``MALLOC_...`` in the environment, or
-    ``glibc.malloc`` in ``GLIBC_TUNABLES``.
+    has been loaded in its place, and where somebody has decided: one of glibc's variables for these settings in the environment
+    (``MALLOC_TRIM_THRESHOLD_``, …), or ``glibc.malloc`` in ``GLIBC_TUNABLES``.
 
     Example:
         >>> aiotime.keep_freed_memory() in (True, False)
@@ -63,9 +64,7 @@ def keep_freed_memory() -> bool:
 
 def _decided() -> bool:
     """Whether whoever started the process has told malloc what to do."""
-    return "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(
-        value and name.startswith("MALLOC_") for name, value in os.environ.items()
-    )
+    return "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(map(os.environ.get, SETTINGS))
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -25,7 +25,7 @@ import pytest
 import aiotime
 
 ROOT = Path(__file__).parent.parent
-RUN_FILES = ["README.md", "docs/tutorial.md", "docs/learning.md"]
+RUN_FILES = ["README.md", "docs/tutorial.md", "docs/learning.md", "docs/dynamic.md"]
 BLOCK = re.compile(
     r"(?P<run><!-- run -->\s*\n)?^(?P<indent> *)```(?:python|py|\{code-block\} python)[^\n]*\n(?P<code>.*?)^ *```\s*$",
     re.MULTILINE | re.DOTALL,
