@@ -39,8 +39,8 @@ def keep_freed_memory() -> bool:
     nothing. `aiotime.run` and the command line call it.
 
     Returns False, and changes nothing, where the C library is not glibc (musl, macOS, Windows), where another malloc
-    has been loaded in its place, and where somebody has decided: one of glibc's variables for these settings in the environment
-    (``MALLOC_TRIM_THRESHOLD_``, …), or ``glibc.malloc`` in ``GLIBC_TUNABLES``.
+    has been loaded in its place, and where somebody has decided: one of glibc's variables for these settings in the
+    environment (``MALLOC_TRIM_THRESHOLD_``, …), or ``glibc.malloc`` in ``GLIBC_TUNABLES``.
 
     Example:
         >>> aiotime.keep_freed_memory() in (True, False)
