@@ -71,7 +71,7 @@ class Averaging:
             if not all(snapshots):
                 return
             with torch.no_grad():
-                mean = [torch.stack([t.cpu() for t in same]).mean(0) for same in zip(*snapshots, strict=True)]
+                mean = [torch.stack(same).mean(0) for same in zip(*snapshots, strict=True)]
             await act_on(
                 [(each, partial(_blend, each, mean, own)) for each, own in zip(learners, snapshots, strict=True)]
             )
@@ -82,7 +82,7 @@ class Averaging:
 
 def _snapshot(station: Station, into: list[torch.Tensor]) -> None:
     assert station.hands is not None
-    into.extend(station.hands.weights.snapshot())
+    into.extend(tensor.cpu() for tensor in station.hands.weights.snapshot())
 
 
 def _blend(station: Station, mean: list[torch.Tensor], own: list[torch.Tensor]) -> None:

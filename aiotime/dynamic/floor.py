@@ -9,6 +9,7 @@ session ── begin ──▶ coroutine: forward ▸ loss ▸ retrace ▸ settl
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,9 +35,10 @@ from aiotime.errors import (
     ConfigurationError,
     FrameCancelled,
     FrameError,
+    InputError,
     StageError,
 )
-from aiotime.frame import NOBODY, Frame
+from aiotime.frame import LATER, NOBODY, Frame
 from aiotime.ingest.entrance import Guest
 from aiotime.learning.enrolment import check_shared, warn_of_batch_norm
 from aiotime.learning.learner import Site, nothing_to_learn
@@ -93,6 +95,7 @@ class Floor:
         self.draining = False
         self.opened = self.now()
         self.tracer: Tracer | None = None
+        self.lessons: list[Lesson] = []  # of the runs under way
         self.unused: dict[str, int] = {}  # stage -> instances that did not use all its results
         self.routed = 0  # instances sent to a replica so far
         self.jobs = 0  # launched and not settled
@@ -163,6 +166,13 @@ class Floor:
         tail, lesson = entry.tail, instance.lesson
         assert tail is not None
         payload, tail.value = tail.value, None
+        if entry.target is LATER:
+            raise InputError(
+                f"instance {entry.index} was refused: a network takes no late targets; hand in the sample when its "
+                "target is known",
+                frame=entry.index,
+                key=entry.key,
+            )
         if entry.session.ready is not None:
             await entry.session.ready
         instance.check()
@@ -192,8 +202,9 @@ class Floor:
         if instance.error is not None:
             raise instance.error
         if lesson.per_instance:
-            for station in instance.touched:
-                self._act(station, station.settle_instance)
+            due = [station for station in instance.touched if station.instance_done()]
+            if due:
+                await self.act_on([(station, station.update) for station in due])
         for stage in {station.stage for station in instance.touched}:
             averaging = self.averaging.get(stage)
             if averaging is not None:
@@ -290,10 +301,11 @@ class Floor:
             for station, site in zip(self.stations, sites, strict=True)
             if station.hands is None or not station.hands.goes_on(lesson)
         ]
-        if todo and any(entry.session.lesson is not None for entry in self.entries):
+        if any(not lesson.equals(other) for other in self.lessons):
             raise BusyError(
                 f"network {self.name!r} is learning with other settings at the moment; let that run end first"
             )
+        self.lessons.append(lesson)
         warn_of_batch_norm([site for station, site in todo if station.hands is None])
         if not todo:
             return None
@@ -302,6 +314,11 @@ class Floor:
                 station.enrol(site, lesson)
             return None
         return asyncio.ensure_future(self._enrol(todo, lesson))
+
+    def lesson_over(self, lesson: Lesson | None) -> None:
+        """A run has ended."""
+        if lesson is not None:
+            self.lessons = [other for other in self.lessons if other is not lesson]
 
     async def _enrol(self, todo: Sequence[tuple[Station, Site]], lesson: Lesson) -> None:
         """On each station's own stream, between two jobs."""
@@ -434,7 +451,7 @@ class Floor:
             self.loop.call_later(seconds, action)
 
     def _beat(self) -> None:
-        now = self.loop.time()
+        now = time.perf_counter()
         for lane in self.lanes:
             lane.stream.pulse(now)
         if self.tracer is not None:

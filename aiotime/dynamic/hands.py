@@ -76,16 +76,9 @@ class Hands:
         if not self.lesson.per_instance and self.updater.gathered >= self.lesson.frequency:
             self.update(self.updater.gathered, held)
 
-    def finished(self, held: Sequence[Batch]) -> None:
-        """An instance that sent gradients here has all of them delivered."""
-        self.instances += 1
-        if self.instances >= self.lesson.frequency:
-            self.update(self.instances, held)
-
     def update(self, count: int, held: Sequence[Batch]) -> None:
         """Step with the sum of what was gathered, divided by ``count``."""
         updater = self.updater
-        self.instances = 0
         if updater is None or not updater.gathered:
             return
         grads, _ = updater.take()

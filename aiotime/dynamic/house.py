@@ -126,6 +126,8 @@ class House:
 
     async def enter(self) -> None:
         """Open until `close`."""
+        if self._entered:
+            raise ConfigurationError(f"network {self.name!r} is open already")
         if self._closing is not None:
             await self._closing.close()
         floor = self.open()
@@ -309,13 +311,17 @@ class Tenant:
         self._keys = keys
         self._lesson = lesson
         self._paths = paths
+        self._session: Session | None = None
 
     def lease(self) -> Session:
         """Opens the network if need be."""
-        return self._house.lease(keys=self._keys, lesson=self._lesson, paths=self._paths)
+        self._session = self._house.lease(keys=self._keys, lesson=self._lesson, paths=self._paths)
+        return self._session
 
     async def give_back(self) -> None:
         """The run is over."""
+        if self._session is not None:
+            self._session.floor.lesson_over(self._lesson)
         await self._house.give_back()
 
     def inspect(self, payload: Any, index: int | None, key: Any) -> Any:

@@ -219,7 +219,8 @@ class Instance:
 
     def over(self, call: Call) -> None:
         """One call less."""
-        del self.calls[call]
+        if self.calls.pop(call, call) is call:
+            return  # cancelled by the instance's own code, which has ended since
         call.release()
         if not self.calls and self.returned is not None and not self.returned.done():
             self.returned.set_result(None)

@@ -87,6 +87,14 @@ class Lesson(Rule):
         """None that is fixed: the instances decide."""
         return Order()
 
+    def equals(self, other: Lesson) -> bool:
+        """Whether both may be followed at the same time."""
+        mine, theirs = vars(self), vars(other)
+        return mine.keys() == theirs.keys() and all(
+            repr(mine[name]) == repr(theirs[name]) if name == "corrections" else _same(mine[name], theirs[name])
+            for name in mine
+        )
+
     def continues(self, other: Lesson) -> bool:
         """Whether ``other`` may go on with this one's optimizers."""
         return (

@@ -207,6 +207,17 @@ class Station:
 
     # ------------------------------------------------------------------ backward, on the loop
 
+    def instance_done(self) -> bool:
+        """An instance that sent gradients here is through; True where that makes an update due."""
+        hands = self.hands
+        if hands is None or hands.updater is None:
+            return False
+        hands.instances += 1
+        if hands.instances < hands.lesson.frequency:
+            return False
+        hands.instances = 0
+        return True
+
     def launch_backward(self, batch: Batch) -> None:
         """Those rows of ``batch`` whose gradients are here."""
         rows, batch.ready, batch.busy = batch.ready, [], True
@@ -300,10 +311,10 @@ class Station:
         batch.turned = (begun, self.floor.now(), lag)
         return down
 
-    def settle_instance(self) -> None:
-        """An instance that used it is through (``update_per="instance"``)."""
+    def update(self) -> None:
+        """As many instances as an update takes are through (``update_per="instance"``)."""
         if self.hands is not None:
-            self.hands.finished(list(self.kept))
+            self.hands.update(self.hands.lesson.frequency, list(self.kept))
 
 
 def sizes_mean(sizes: dict[int, int]) -> float:
