@@ -60,6 +60,7 @@ class Instance:
         "recorded",
         "returned",
         "route",
+        "settling",
         "touched",
         "visits",
     )
@@ -78,6 +79,7 @@ class Instance:
         self.lags: dict[int, int] = {}  # stage -> most updates that the weights it met lacked
         self.touched: set[Any] = set()  # stations that got a gradient from it
         self.returned: asyncio.Future[None] | None = None  # once every call is over
+        self.settling = 0  # stations that are being told that it is through
         self.route: int | None = None  # which of several replicas it stays with
         self.visits: list[Visit] = []  # by the number of the call, where recorded
 
@@ -216,12 +218,20 @@ class Instance:
         """One call less."""
         del self.calls[call]
         call.release()
-        if not self.calls and self.returned is not None and not self.returned.done():
+        self._look()
+
+    def settled(self) -> None:
+        """A station knows."""
+        self.settling -= 1
+        self._look()
+
+    def _look(self) -> None:
+        if not self.calls and not self.settling and self.returned is not None and not self.returned.done():
             self.returned.set_result(None)
 
     async def all_over(self) -> None:
-        """Wait until no call of it is left."""
-        while self.calls:
+        """Wait until no call of it is left, and every station knows that was to be told."""
+        while self.calls or self.settling:
             self.returned = self.floor.loop.create_future()
             await self.returned
 
