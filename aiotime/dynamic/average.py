@@ -52,6 +52,11 @@ class Averaging:
     def _begin(self) -> None:
         self._round = self._floor.loop.create_task(self._average(), name=f"average:{self._stations[0].stage.name}")
 
+    async def ended(self) -> None:
+        """A round that has begun."""
+        if self._round is not None:
+            await asyncio.wait([self._round])
+
     async def finish(self) -> None:
         """The last round; nothing is in flight, so all replicas are the same after it."""
         if self._round is not None:

@@ -97,7 +97,7 @@ class Call:
 
 
 def _flattened(station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any], Any]:
-    """(structure, tensors, what else there is and where) of a call's arguments."""
+    """(structure and what stands in it beside tensors, tensors, what must be equal in a batch) of its arguments."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     constants = tuple((at, leaf) for at, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor))
     if station.batches:
@@ -109,7 +109,8 @@ def _flattened(station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]) 
                     f"stage {station.name!r} runs waiting calls as one batch and cannot do so with a "
                     f"{type(constant).__name__}: hand in tensors (torch.as_tensor), or give the stage max_batch=1"
                 ) from None
-    return (spec, constants), [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], constants
+    same = tuple((type(leaf), leaf) for _, leaf in constants)  # 1, 1.0 and True are equal, and are not the same
+    return (spec, constants), [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], same
 
 
 def unflattened(spec: Any, tensors: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 class Entry(Frame):
     """A frame with a task of its own, which is cancelled with it."""
 
-    __slots__ = ("_cancelled", "instance", "loss", "session", "task")
+    __slots__ = ("_cancelled", "begun", "instance", "loss", "session", "task")
 
     def __init__(self, session: Session, owner: Owner, index: int, tail: Pending, arrived: float) -> None:
         self.task: asyncio.Task[Any] | None = None
+        self.begun = False  # the task runs; cancelled before that, it would never tell anybody how it ended
         self.instance: Instance | None = None
         self.session = session
         self.loss: float | None = None
@@ -33,5 +34,5 @@ class Entry(Frame):
     @cancelled.setter
     def cancelled(self, gone: bool) -> None:
         self._cancelled = gone
-        if gone and self.task is not None:
+        if gone and self.begun and self.task is not None:
             self.task.cancel()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from aiotime.devices.base import Clock, Completions, Pending, Work
+from aiotime.devices.base import Clock, Completions, Pending, Work, stage_failed
 from aiotime.devices.worker import WorkerStream
 from aiotime.dynamic.average import Averaging
 from aiotime.dynamic.batch import Batch
@@ -93,6 +93,7 @@ class Floor:
         self.entries: set[Entry] = set()
         self.error: AiotimeError | None = None
         self.draining = False
+        self.predecessor: Floor | None = None  # of the same stages, still closing
         self.opened = self.now()
         self.tracer: Tracer | None = None
         self.lessons: list[Lesson] = []  # of the runs under way
@@ -149,6 +150,7 @@ class Floor:
 
     async def _live(self, entry: Entry, instance: Instance) -> None:
         error: BaseException | None = None
+        entry.begun = True
         try:
             await self._pass(entry, instance)
         except BaseException as cause:
@@ -173,8 +175,11 @@ class Floor:
                 frame=entry.index,
                 key=entry.key,
             )
+        if self.predecessor is not None:  # its last jobs may still use the modules
+            await self.predecessor.close()
+            self.predecessor = None
         if entry.session.ready is not None:
-            await entry.session.ready
+            await asyncio.shield(entry.session.ready)  # others wait for it, too
         instance.check()
         CURRENT.set(instance)
         output = await self.network.forward(payload)
@@ -199,16 +204,28 @@ class Floor:
         instance.retrace(loss, lesson.loss_scale())
         del loss
         await self._until_over(instance)
+        if lesson.per_instance:  # also where it failed on the way back: what it sent until then is in the sums
+            for station in instance.touched:
+                if station.instance_done():
+                    self._update_at(station, instance)
+            await self._until_over(instance)
         if instance.error is not None:
             raise instance.error
-        if lesson.per_instance:
-            due = [station for station in instance.touched if station.instance_done()]
-            if due:
-                await self.act_on([(station, station.update) for station in due])
         for stage in {station.stage for station in instance.touched}:
             averaging = self.averaging.get(stage)
             if averaging is not None:
                 averaging.look()
+
+    def _update_at(self, station: Station, instance: Instance) -> None:
+        """Have a station update; the instance that made the update due waits for it."""
+
+        def then(_: Any, __: Any, error: BaseException | None) -> None:
+            if error is not None and instance.error is None:
+                instance.error = stage_failed(station.back, instance.entry, error.__cause__ or error)
+            instance.settled()
+
+        instance.settling += 1
+        self._act(station, station.update, then)
 
     def _check_used(self, entry: Entry, instance: Instance, loss: torch.Tensor) -> None:
         assert instance.lesson is not None
@@ -231,7 +248,7 @@ class Floor:
     @staticmethod
     async def _until_over(instance: Instance) -> None:
         """Its calls must end whatever happens to this task: other instances' rows are in the same batches."""
-        while instance.calls:
+        while instance.calls or instance.settling:
             try:
                 await instance.all_over()
             except asyncio.CancelledError:
@@ -478,14 +495,27 @@ class Floor:
             self._closing = self.loop.create_task(self._close(), name=f"close:{self.name}")
         await asyncio.shield(self._closing)
 
+    @property
+    def closed(self) -> bool:
+        """Nothing of it runs any more."""
+        return self.loop.is_closed() or (self._closing is not None and self._closing.done())
+
+    def leave(self) -> None:
+        """Give the modules back in the mode in which they came."""
+        for station in self.stations:
+            station.replica.restore()
+
     async def _close(self) -> None:
         self.end(ClosedError(f"network {self.name!r} was closed"))
         await self.idle()
         await self._no_jobs()
+        for averaging in self.averaging.values():
+            await averaging.ended()
         for lane in self.lanes:
             lane.stream.close()
         for lane in self.lanes:
             await lane.stream.join()
+        self.leave()
         log.info("network.closed", network=self.name, **self.counts)
 
 

@@ -101,7 +101,8 @@ class Hands:
         def move() -> None:
             with torch.no_grad():
                 for master, average, own in zip(self.weights.masters, mean, since, strict=True):
-                    master.add_(average.to(master.device) - own.to(master.device))
+                    target = average.to(master.device)  # to the bit, where nothing came in between
+                    master.copy_(torch.where(master == own, target, master + (target - own)))
 
         working = self.weights.working
         keep = self.lesson.stash and any(batch.weights and batch.weights[0] is working[0] for batch in held)

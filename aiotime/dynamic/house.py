@@ -112,6 +112,7 @@ class House:
             raise ConfigurationError(f"network {self.name!r} is open on another event loop; close it there first")
         if floor is not None:
             self._leases = 0  # its loop is gone
+            floor.leave()
             _vacate(self.stages)
         stages = self.stages
         _occupy(stages, self)
@@ -120,6 +121,8 @@ class House:
         except BaseException:
             _vacate(stages)
             raise
+        if self._closing is not None and not self._closing.closed:
+            floor.predecessor = self._closing
         floor.trace_into(self._tracer)
         self._requests = None
         return floor
@@ -128,7 +131,7 @@ class House:
         """Open until `close`."""
         if self._entered:
             raise ConfigurationError(f"network {self.name!r} is open already")
-        if self._closing is not None:
+        if self._closing is not None and not self._closing.closed:
             await self._closing.close()
         floor = self.open()
         try:
@@ -146,13 +149,21 @@ class House:
         if floor is not None:
             self._last, self._closing = snapshot(floor), floor
         floor = self._closing
-        if floor is not None and not floor.loop.is_closed():
-            await floor.close()
-        if self._closing is floor and floor is not None:
-            self._closing = None
-            _vacate(self.stages)
         exits, self._exits = self._exits, AsyncExitStack()
-        await exits.aclose()
+        try:
+            if floor is not None and not floor.loop.is_closed():
+                await floor.close()  # cancelled: it goes on in the background
+        finally:
+            await exits.aclose()
+            if self._closing is floor and floor is not None and floor.closed:
+                self._closing = None
+                if self._floor is None:
+                    _vacate(self.stages)
+
+    @property
+    def closed(self) -> bool:
+        """No stage is in use."""
+        return self._floor is None and (self._closing is None or self._closing.closed)
 
     async def drain(self) -> None:
         """Finish what was accepted, accept nothing new."""
@@ -361,7 +372,7 @@ def _contents(root: Any) -> Iterator[tuple[str, Any]]:
 
 def _occupy(stages: list[tuple[str, Stage]], house: House) -> None:
     for name, stage in stages:
-        if stage.occupied is not None and stage.occupied is not house:
+        if stage.occupied is not None and stage.occupied is not house and not stage.occupied.closed:
             raise ConfigurationError(
                 f"stage {name!r} is open in another network; a stage is in one open network at a time"
             )
@@ -380,7 +391,7 @@ def _load(replica: Any, name: str, state: Mapping[str, torch.Tensor]) -> None:
     prefix = f"{name}."
     own = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
     with torch.inference_mode(mode=False), torch.no_grad():
-        own = {key: value.to(replica.fn.state_dict()[key].device) for key, value in own.items()}
+        own = {key: value.to(replica.fn.state_dict()[key].device, copy=True) for key, value in own.items()}
         replica.fn.load_state_dict(own, assign=True)
         if replica.hands is not None:
             replica.hands.weights.adopt()

@@ -61,6 +61,7 @@ class Instance:
         "recorded",
         "returned",
         "route",
+        "settling",
         "touched",
         "visits",
     )
@@ -79,6 +80,7 @@ class Instance:
         self.lags: dict[int, int] = {}  # stage -> most updates that the weights it met lacked
         self.touched: set[Any] = set()  # stations that got a gradient from it
         self.returned: asyncio.Future[None] | None = None  # once every call is over
+        self.settling = 0  # stations that are being told that it is through
         self.route: int | None = None  # which of several replicas it stays with
         self.visits: list[Visit] = []  # by the number of the call, where recorded
 
@@ -163,21 +165,13 @@ class Instance:
         """Send the gradient of ``loss`` on its way; `returned` once every call has had its own."""
         roots: set[Call] = set()
         self.makers(loss, roots, "the loss")
-        for call in roots:
-            call.waits += 1
-            call.used = True
         seed = torch.full_like(loss, scale)
         if id(loss) in self.leaves:
             gather(loss, seed)
         else:
-            torch.autograd.backward(loss, seed, retain_graph=True)
+            spread([loss], [seed], roots)  # may raise: nothing has gathered then
         self.back = True
-        ready = [call for call in self.calls if call.waits == 0]
-        for call in roots:
-            call.waits -= 1
-            if call.waits == 0:
-                ready.append(call)
-        give(ready)
+        give([call for call in self.calls if call.waits == 0])
 
     def abandon(self) -> None:
         """Give up: what waits is withdrawn, what was computed is freed, what runs is freed when it ends."""
@@ -190,7 +184,11 @@ class Instance:
 
     def unused(self) -> set[str]:
         """Stages a result of which neither a call nor the loss used."""
-        return {call.station.name for call in self.calls if not call.used and call.leaves}
+        return {
+            call.station.name
+            for call in self.calls
+            if not call.used and any(leaf.requires_grad for leaf in call.leaves)
+        }
 
     def unfinished(self) -> StageError | None:
         """The error of an instance whose forward returned before all its calls had."""
@@ -222,12 +220,20 @@ class Instance:
         if self.calls.pop(call, call) is call:
             return  # cancelled by the instance's own code, which has ended since
         call.release()
-        if not self.calls and self.returned is not None and not self.returned.done():
+        self._look()
+
+    def settled(self) -> None:
+        """A station knows."""
+        self.settling -= 1
+        self._look()
+
+    def _look(self) -> None:
+        if not self.calls and not self.settling and self.returned is not None and not self.returned.done():
             self.returned.set_result(None)
 
     async def all_over(self) -> None:
-        """Wait until no call of it is left."""
-        while self.calls:
+        """Wait until no call of it is left, and every station knows that was to be told."""
+        while self.calls or self.settling:
             self.returned = self.floor.loop.create_future()
             await self.returned
 
@@ -238,8 +244,20 @@ class Instance:
 
 
 def gather(leaf: torch.Tensor, grad: torch.Tensor) -> None:
-    """Add ``grad`` to what came back for ``leaf`` so far."""
+    """Add ``grad`` to what came back for ``leaf`` so far; never in place, for it may share storage with others."""
     leaf.grad = grad if leaf.grad is None else leaf.grad + grad
+
+
+def spread(tensors: list[torch.Tensor], grads: list[torch.Tensor], makers: Iterable[Call]) -> None:
+    """Take ``grads`` through the instances' own graphs, to the leaves of ``makers`` that ``tensors`` are made of.
+
+    All of it, or, where user code raises, nothing. `torch.autograd.backward` would add in place to what has gathered.
+    """
+    leaves = {id(leaf): leaf for call in makers for leaf in call.leaves if leaf.requires_grad}.values()
+    found = torch.autograd.grad(tensors, list(leaves), grads, retain_graph=True, allow_unused=True)
+    for leaf, grad in zip(leaves, found, strict=True):
+        if grad is not None:
+            gather(leaf, grad)
 
 
 def give(ready: Iterable[Call]) -> None:
@@ -275,13 +293,14 @@ def follow(batch: Batch) -> None:
 
 def returned(batch: Batch, rows: Sequence[int], grads: Grads | None) -> list[Call]:
     """Gradients of what went into ``rows`` have come (None: there are none): pass them on. The calls ready now."""
+    walks: list[tuple[Call, list[torch.Tensor], list[torch.Tensor]]] = []
     calls = [batch.calls[row] for row in rows]
     if grads is not None:
-        local: list[torch.Tensor] = []
-        outer: list[torch.Tensor] = []
         parts = [None if grad is None else batch.parted(grad) for grad in grads]
         for row, call in zip(rows, calls, strict=True):
             leaves = call.instance.leaves
+            local: list[torch.Tensor] = []
+            outer: list[torch.Tensor] = []
             for tensor, part in zip(call.tensors, parts, strict=True):
                 if part is None or not tensor.requires_grad:
                     continue
@@ -290,13 +309,31 @@ def returned(batch: Batch, rows: Sequence[int], grads: Grads | None) -> list[Cal
                 else:
                     local.append(tensor)
                     outer.append(part[row])
-        if local:  # one call for the graphs of all rows
-            torch.autograd.backward(local, outer, retain_graph=True)
+            if local:
+                walks.append((call, local, outer))
+        if walks:
+            _walk(walks)
     ready: list[Call] = []
     for row, call in zip(rows, calls, strict=True):
         batch.grads[row] = None
         ready += _free(call)
     return ready
+
+
+def _walk(walks: list[tuple[Call, list[torch.Tensor], list[torch.Tensor]]]) -> None:
+    """Through the graphs of all rows at once; where code of one instance raises, only that instance fails."""
+    try:
+        spread(
+            [tensor for _, local, _ in walks for tensor in local],
+            [grad for _, _, outer in walks for grad in outer],
+            [parent for call, _, _ in walks for parent in call.parents],
+        )
+    except Exception as error:  # noqa: BLE001 - user code; raised by its instance
+        if len(walks) > 1:
+            for walk in walks:
+                _walk([walk])
+        elif walks[0][0].instance.error is None:
+            walks[0][0].instance.error = error
 
 
 def _free(call: Call) -> list[Call]:

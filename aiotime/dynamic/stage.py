@@ -29,13 +29,26 @@ Group = Literal["stack", "cat"]
 class Replica:
     """One copy of a stage's module, what learns it, and its device."""
 
-    __slots__ = ("device", "fn", "hands", "placed")
+    __slots__ = ("_training", "device", "fn", "hands", "placed")
 
     def __init__(self, fn: Callable[..., Any], device: Device | None) -> None:
         self.fn = fn
         self.device = device  # None: the network finds one
         self.hands: Hands | None = None
         self.placed = False
+        self._training: list[nn.Module] | None = None
+
+    def training(self) -> list[nn.Module]:
+        """The parts of the module that are in training mode unless a network has them infer."""
+        if self._training is None:
+            self._training = [m for m in self.fn.modules() if m.training] if isinstance(self.fn, nn.Module) else []
+        return self._training
+
+    def restore(self) -> None:
+        """Put them back into it; whoever changes the mode of one is heard from now on."""
+        for module in self._training or ():
+            module.training = True
+        self._training = None
 
     def place(self) -> None:
         """Put the module where the device computes."""

@@ -60,8 +60,8 @@ class Station:
         self.numbers = 0  # batches so far
         assert replica.device is not None
         self._on_host = replica.device.on_host
-        self._training = [m for m in self.module.modules() if m.training] if self.module is not None else []
-        self._trains = True  # the mode they are in
+        self._training = replica.training()
+        self._trains: bool | None = None  # the mode they are in
         self.infer = Work(self._infer, stage=name, index=3 * index)
         self.learn = Work(self._learn, stage=name, index=3 * index + 1, grad=True)
         self.back = Work(self._backward, stage=f"{name} backward", index=3 * index + 2, grad=True, phase="backward")
