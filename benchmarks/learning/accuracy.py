@@ -1,4 +1,4 @@
-"""Accuracy of every rule over 2, 4 and 8 stages, on every stream."""
+"""Accuracy of every rule over 1, 2, 4 and 8 stages, on every stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.learning.study import Study
 from benchmarks.learning.trial import BLOCK, Outcome, Trial
 from benchmarks.learning.tuning import Network, Round, Setting, around, grid, planned, tune
 
-STAGES = (2, 4, 8)
+STAGES = (1, 2, 4, 8)
 SMOOTH, PLAIN = "digits-smooth", "digits"
 LIKE_SMOOTH = ("trump-approval", "video-place", "video-next")  # tuned around what is best on the smooth digits
 WITHIN, AT_CHANCE = 0.5, 15.0  # points, per cent
