@@ -14,11 +14,19 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules import module as _modules
 from torch.utils import _pytree as pytree
 
 from aiotime.errors import ConfigurationError
 
 _EXTRA = "_extra_state"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [
+    _modules._global_forward_hooks,
+    _modules._global_forward_pre_hooks,
+    _modules._global_backward_hooks,
+    _modules._global_backward_pre_hooks,
+]
 
 
 class Bindings:
@@ -37,6 +45,8 @@ class PieceModule(nn.Module):
         self.piece_device = device
         self._piece_code: Callable[[Any, Any], Any] | None = None
         self._piece_bindings = Bindings()
+        self._piece_shortcuts = Bindings()  # the same, with a module's forward in place of the module
+        self._piece_hooks: list[Any] = []  # tables that must be empty for that
         self._piece_places: dict[str, str] = {}  # attribute of the bindings -> path in here
         self._piece_graphs: list[fx.GraphModule] = []  # bodies of higher-order operators, with device constants
 
@@ -47,10 +57,20 @@ class PieceModule(nn.Module):
 
     def bind(self) -> Bindings:
         """Look up again what the code uses, after tensors were replaced."""
+        self._piece_hooks[:] = _GLOBAL_HOOKS
         for name, path in self._piece_places.items():
-            setattr(self._piece_bindings, name, operator.attrgetter(path)(self))
-        self._piece_bindings.piece_device = self.piece_device
+            used = operator.attrgetter(path)(self)
+            setattr(self._piece_bindings, name, used)
+            if isinstance(used, nn.Module) and _only_forwards(used):
+                self._piece_hooks += _hooks(used)
+                used = used.forward
+            setattr(self._piece_shortcuts, name, used)
+        self._piece_bindings.piece_device = self._piece_shortcuts.piece_device = self.piece_device
         return self._piece_bindings
+
+    def bound(self) -> Bindings:
+        """What the code reads now: forwards in place of modules, whose call costs microseconds, unless there are hooks."""
+        return self._piece_bindings if any(self._piece_hooks) else self._piece_shortcuts
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PieceModule:
         """Like nn.Module, but a converted tensor takes the place of the old one, which others may hold as well."""
@@ -83,7 +103,7 @@ class Piece:
         keys: state_dict key of the model -> key in ``piece.module.state_dict()``.
     """
 
-    __slots__ = ("_run", "keys", "layers", "module", "steps")
+    __slots__ = ("_code", "keys", "layers", "module", "steps")
 
     def __init__(
         self,
@@ -98,11 +118,12 @@ class Piece:
         self.layers = tuple(layers)
         self.steps = steps
         self.keys = dict(keys)
-        self._run = functools.partial(code, module.bind())
+        self._code = code
+        module.bind()
 
     def __call__(self, value: Any) -> Any:
         """Run the layers on what the piece before returned (the first: on the payload)."""
-        return self._run(value)
+        return self._code(self.module.bound(), value)
 
     def state(self) -> dict[str, Any]:
         """This piece's part of the model's state_dict, under the model's keys; tensors are shared, not copied."""
@@ -143,6 +164,17 @@ class Piece:
     def __repr__(self) -> str:
         inside = self.layers[0] if len(self.layers) == 1 else f"{self.layers[0]} … {self.layers[-1]}"
         return f"<Piece {inside}: {len(self.layers)} layers>"
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """The tables of hooks that ``module``'s call looks into; shared with the user's module, which may add to them."""
+    return [getattr(module, name) for name in _HOOKS]
+
+
+def _only_forwards(module: nn.Module) -> bool:
+    """Whether calling ``module`` is calling its ``forward``, as long as it has no hooks."""
+    usual = type(module).__call__ is nn.Module.__call__ and module._compiled_call_impl is None
+    return usual and not any(_hooks(module))
 
 
 def slots(root: nn.Module) -> dict[str, tuple[nn.Module, str, torch.Tensor]]:

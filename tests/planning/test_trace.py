@@ -519,7 +519,32 @@ def test_an_activation_dies_after_its_last_use() -> None:
         [piece] = trace(model, torch.randn(1, 2)).cut([3])
         alive.clear()
         piece(torch.randn(1, 2))
-    assert alive[1:] == direct[1:]
+    assert all(0 < here <= there for here, there in zip(alive[1:], direct[1:], strict=True))
+
+
+def test_layers_are_called_without_looking_for_hooks_until_there_is_one() -> None:
+    """A layer's forward is called directly; hooks added later, for it or for all, and its own ``__call__`` count."""
+
+    class Doubled(nn.Linear):
+        def __call__(self, *args: Any) -> Any:
+            return 2 * super().__call__(*args)
+
+    called: list[str] = []
+    model = nn.Sequential(nn.Linear(2, 2), Doubled(2, 2), nn.Linear(2, 2))
+    x = torch.randn(1, 2)
+    with torch.no_grad():
+        [piece] = trace(model, x).cut([3])
+        assert torch.equal(piece(x), model(x))
+        assert piece.module.bound() is not piece.module.bind()
+        handle = model[2].register_forward_hook(lambda *_: called.append("own"))
+        piece(x)
+        handle.remove()
+        everywhere = nn.modules.module.register_module_forward_hook(lambda *_: called.append("all"))
+        piece(x)
+        everywhere.remove()
+        assert called == ["own", "all", "all", "all"]
+        assert torch.equal(piece(x), model(x))
+        assert len(called) == 4
 
 
 class Positions(nn.Module):
