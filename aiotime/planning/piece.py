@@ -69,7 +69,7 @@ class PieceModule(nn.Module):
         return self._piece_bindings
 
     def bound(self) -> Bindings:
-        """What the code reads now: forwards in place of modules, whose call costs microseconds, unless there are hooks."""
+        """What the code reads now: forwards in place of modules, whose call costs more, unless there are hooks."""
         return self._piece_bindings if any(self._piece_hooks) else self._piece_shortcuts
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PieceModule:
