@@ -6,7 +6,7 @@
 
 A batch is formed as late as possible: while the device is busy calls gather by themselves; while it is idle the lane
 waits until the loop has been quiet for `QUIET` turns, that is, until the instances that the last batch woke have made
-their next calls. Waiting costs microseconds; a call that runs alone costs a batch.
+their next calls. Waiting costs microseconds; a call that runs alone costs a batch. No station is passed over for ever.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from aiotime.devices.base import DeviceStream
 from aiotime.dynamic.batch import Batch
+from aiotime.dynamic.inbox import PASSED_OVER
 
 if TYPE_CHECKING:
     from aiotime.dynamic.floor import Floor
@@ -132,7 +133,10 @@ class Lane:
         return True
 
     def _fullest(self) -> Station | None:
-        """The station whose next forward takes the most calls; those that hesitate are left out."""
+        """The station whose next forward takes the most calls, but first one that was passed over `PASSED_OVER` times.
+
+        Those that hesitate are left out.
+        """
         best: Station | None = None
         most = 0
         for station in self.stations:
@@ -140,13 +144,20 @@ class Lane:
                 continue
             size = station.inbox.largest
             full = size >= station.most
-            if not full and (self.running or (station.batches and self._quiet < QUIET)):
+            overdue = station.passed >= PASSED_OVER
+            if not full and not overdue and (self.running or (station.batches and self._quiet < QUIET)):
                 continue
             if not full and station.hesitates():
                 self._look_again(station)
                 continue
+            if overdue:
+                best = station
+                break
             if size > most:
                 best, most = station, size
+        if best is not None:
+            for station in self.stations:
+                station.passed = station.passed + 1 if station is not best and len(station.inbox) else 0
         return best
 
     def _look_again(self, station: Station) -> None:

@@ -58,6 +58,7 @@ class Station:
         self.sizes: dict[int, int] = {}  # calls of a batch -> how many forwards
         self.back_sizes: dict[int, int] = {}  # and backwards
         self.numbers = 0  # batches so far
+        self.passed = 0  # forwards of others on the lane since calls wait here
         assert replica.device is not None
         self._on_host = replica.device.on_host
         self._training = replica.training()
