@@ -16,6 +16,6 @@ from aiotime.dynamic.network import Network
 from aiotime.dynamic.path import Path, Visit
 from aiotime.dynamic.stage import Stage
 from aiotime.dynamic.stats import NetworkStats, StationStats
-from aiotime.dynamic.step import Step
+from aiotime.dynamic.step import Step, Steps
 
-__all__ = ["Chain", "Network", "NetworkStats", "Path", "Stage", "StationStats", "Step", "Visit"]
+__all__ = ["Chain", "Network", "NetworkStats", "Path", "Stage", "StationStats", "Step", "Steps", "Visit"]

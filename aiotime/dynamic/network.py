@@ -22,14 +22,14 @@ from aiotime.dynamic.instance import CURRENT
 from aiotime.dynamic.lesson import Lesson, Unused, UpdatePer
 from aiotime.dynamic.stage import Stage
 from aiotime.dynamic.stats import NetworkStats
-from aiotime.dynamic.step import Step
+from aiotime.dynamic.step import Step, Steps
 from aiotime.errors import ConfigurationError
 from aiotime.learning.corrections.contract import Correction
 from aiotime.learning.rule import Loss, PerStage
 from aiotime.learning.settings import whole_number
 from aiotime.learning.update import ParamGroups, SchedulerFactory
 from aiotime.observe.trace import Trace
-from aiotime.runs import Run, RunOptions, RunState
+from aiotime.runs import RunOptions, RunState
 from aiotime.stage import OnError
 
 KEYS = 64  # instances in flight unless a run says otherwise
@@ -85,7 +85,7 @@ class Network:
         failure_budget: int | float | None = None,
         window: int | None = None,
         paths: bool = False,
-    ) -> Run:
+    ) -> Steps:
         """Predict: an async iterator of `Step`, with the order, back-pressure and errors of `Pipeline.run`.
 
         Args:
@@ -133,7 +133,7 @@ class Network:
         failure_budget: int | float | None = None,
         window: int | None = None,
         paths: bool = False,
-    ) -> Run:
+    ) -> Steps:
         """Predict, then learn, every instance on its own and many at once: an async iterator of `Step`.
 
         Every stage updates by itself once it has gradients enough, whatever the others do; a gradient may so be late by
@@ -196,11 +196,11 @@ class Network:
         )
         return self._run(source, options, keys=max_active_keys, lesson=lesson, paths=paths)
 
-    def _run(self, source: Any, options: RunOptions, *, keys: int, lesson: Lesson | None, paths: bool) -> Run:
+    def _run(self, source: Any, options: RunOptions, *, keys: int, lesson: Lesson | None, paths: bool) -> Steps:
         house = self._house()
         house.runs += 1
         tenant = Tenant(house, keys=keys, lesson=lesson, paths=paths)
-        return Run(RunState(tenant, source, options, house.runs))
+        return Steps(RunState(tenant, source, options, house.runs))
 
     async def submit(self, sample: Any, *, deadline: float | None = None) -> Step:
         """One request, one answer; many at once. The network must be open.

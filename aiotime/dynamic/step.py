@@ -1,4 +1,4 @@
-"""Step: what comes out for one instance."""
+"""Step: what comes out for one instance; Steps: one after the other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aiotime.frame import Prediction
+from aiotime.runs import Run
 
 if TYPE_CHECKING:
     from aiotime.dynamic.path import Path
@@ -25,3 +26,11 @@ class Step(Prediction):
 
     calls: int = 0
     path: Path | None = None
+
+
+class Steps(Run):
+    """A `Run` of a network, an async iterator of `Step`."""
+
+    if TYPE_CHECKING:
+
+        async def __anext__(self) -> Step: ...
