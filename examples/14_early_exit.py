@@ -1,9 +1,9 @@
 """Early exit: a digit leaves the network as soon as one of its blocks is sure enough; the branch is an `if`.
 
-All four exits learn together, 16 digits in flight. Then digits that it has not seen go through, a batch of whoever waits
-at each block, and come out as they are ready. Draws the path of one that was hard to early_exit.png in the current
-folder (needs the extra [plot]; the digits scikit-learn) and prints what share of the answers was right, and how many of
-the four blocks a digit needed.
+All four exits learn together, 16 digits in flight. Then digits that it has not seen go through; each block takes a
+batch of whoever waits there, and they come out as they are ready. Draws the path of one that was hard to early_exit.png
+in the current folder (needs the extra [plot]; the digits scikit-learn) and prints what share of the answers was right,
+and how many of the four blocks a digit needed.
 """
 
 from __future__ import annotations

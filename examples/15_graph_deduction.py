@@ -1,9 +1,9 @@
 """Deduction over graphs: wolves are afraid of cats, Gertrude is a wolf; what is Gertrude afraid of? (bAbI task 15)
 
 A story is a graph: a node per name and per species, an edge per statement. Nodes have no names, only the one that is
-asked about is marked, so there is nothing to learn by heart. A gated graph network (Li et al. 2016) passes messages along
-the edges, as often as the story needs: the loop is a `for`. Stories of any size share a batch (group="cat"). Every story
-is told once, 16 of them in flight; prints for how many of 500 new ones the answer is right.
+asked about is marked, so there is nothing to learn by heart. A gated graph network (Li et al. 2016) passes messages
+along the edges, as often as the story needs: the loop is a `for`. Stories of any size share a batch (group="cat").
+Every story is told once, 16 of them in flight; prints for how many of 500 new ones the answer is right.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def stories(seed: int) -> Iterator[aiotime.Sample]:
     while True:
         nodes = SPECIES + rng.randint(1, 8)
         node = rng.sample(range(nodes), nodes)  # numbered at random: first the species, then the names
-        edges = [(node[one], FEARS, node[rng.choice([o for o in range(SPECIES) if o != one])]) for one in range(SPECIES)]
+        others = [rng.choice([other for other in range(SPECIES) if other != one]) for one in range(SPECIES)]
+        edges = [(node[one], FEARS, node[other]) for one, other in enumerate(others)]
         edges += [(node[name], IS, node[rng.randrange(SPECIES)]) for name in range(SPECIES, nodes)]
         sources = torch.zeros(nodes, nodes, 4)
         for one, kind, other in edges:

@@ -34,6 +34,8 @@ PRINTED = {  # a line of each, as a script
     "09_simulated_scaling": "64 devices: 56.84 ×   (formula 56.84 ×)",
     "10_transformer": "sequences with equal logits: 32 of 32",
     "12_next_frame": "foreseen of the change, second half: ",
+    "14_early_exit": "calls of the four blocks per digit: ",
+    "15_graph_deduction": "new stories understood: 500 of 500",
 }
 
 ALL_AS_SCRIPTS = """
@@ -142,6 +144,20 @@ def test_transformer_equals_the_model() -> None:
 def test_next_frame_foresees_what_will_change() -> None:
     """12: more than half of what "nothing will move" leaves open, on frames that were each seen once."""
     assert 0.5 < run("12_next_frame") < 0.9
+
+
+def test_early_exit_saves_calls_and_stays_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """14: nine of ten unseen digits are named rightly with half of the calls, and the path of one is drawn."""
+    right, calls = run("14_early_exit", tmp_path)
+    assert right > 0.9
+    assert 1 < calls < 2
+    assert (tmp_path / "early_exit.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"^3 +blocks\.3 ", capsys.readouterr().out, re.MULTILINE)  # it went all the way
+
+
+def test_graph_deduction_understands_every_story() -> None:
+    """15: of stories that it was never told it understands all."""
+    assert run("15_graph_deduction") == 500
 
 
 def test_examples_run_as_scripts(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ EVERY = 8  # digits for an update
 Adam = partial(torch.optim.Adam, lr=2e-3, fused=True)
 Finer = partial(torch.optim.Adam, lr=4e-4, fused=True)  # in the last epoch
 TRAINING = 1_347  # of 1,797 digits; the others are for tests
-CHOSEN = 0.9  # the threshold of the targets
+CHOSEN = 0.95  # the threshold of the targets
 PLAIN, ONE, USUAL = "plain PyTorch", "1 in flight", "16 in flight"
 ALONE, ORDERED, READY = "1 client", f"{CLIENTS} clients, in order", f"{CLIENTS} clients, as ready"
 
@@ -38,10 +38,10 @@ class Sizes:
 
     training: int = TRAINING
     test: int = 450
-    epochs: int = 4
+    epochs: int = 3
     learning_rounds: int = 2
     rounds: int = 5
-    thresholds: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, CHOSEN, 0.95, 0.99)
+    thresholds: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, 0.9, CHOSEN, 0.99)
 
 
 QUICK = Sizes(training=24, test=12, epochs=1, learning_rounds=1, rounds=1, thresholds=(0.3, CHOSEN))
@@ -50,13 +50,13 @@ QUICK = Sizes(training=24, test=12, epochs=1, learning_rounds=1, rounds=1, thres
 def setup(arguments: argparse.Namespace) -> str:
     """What the figures depend on."""
     sizes = QUICK if arguments.quick else Sizes()
+    learning_rounds, rounds = arguments.rounds or sizes.learning_rounds, arguments.rounds or sizes.rounds
     return (
         f"scikit-learn's digits, {sizes.training:,} to learn from and {sizes.test} for tests; {BLOCKS} blocks of four "
         "3×3 convolutions with 32 channels at 8×8, an exit after each. Learning: cross-entropy at all exits, Adam "
-        f"2e-3 (4e-4 in the last epoch), an update every {EVERY} digits, {sizes.epochs} epochs, {arguments.rounds or sizes.learning_rounds} "
-        f"rounds with other first weights. Leaving early: {arguments.rounds or sizes.rounds} rounds in turns; a client "
-        "sends its next image once it has its answer. One intra-op thread; stages inline on the loop's thread unless a "
-        "row says otherwise."
+        f"2e-3 (4e-4 in the last epoch), an update every {EVERY} digits, {sizes.epochs} epochs, {learning_rounds} "
+        f"rounds with other first weights. Leaving early: {rounds} rounds in turns; a client sends its next image once "
+        "it has its answer. One intra-op thread; stages inline on the loop's thread unless a row says otherwise."
     )
 
 
@@ -244,7 +244,7 @@ def leaving(report: Report, sizes: Sizes, test: Sequence[Sample], parts: Sequenc
             ],
         )
     lost = 100 * (whole - right[ALONE, CHOSEN])
-    report.target(f"leaving above {CHOSEN}: points lost", lost, 0.5, unit=" points", at_most=True)
+    report.target(f"leaving above {CHOSEN}: points lost", lost, 1.0, unit=" points", at_most=True)
     for name in (ALONE, READY):
         ratio = means.ratio(_label(name, CHOSEN), _label(name, None))
         report.target(f"leaving above {CHOSEN}, {name}: mean latency, times the whole network's", ratio, 1.0,
