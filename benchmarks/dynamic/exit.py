@@ -40,7 +40,7 @@ class Sizes:
     test: int = 450
     epochs: int = 3
     learning_rounds: int = 2
-    rounds: int = 5
+    rounds: int = 3
     thresholds: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, 0.9, CHOSEN, 0.99)
 
 
