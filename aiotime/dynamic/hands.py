@@ -38,7 +38,8 @@ class Hands:
         self.corrected = Corrected(lesson.corrections, self.updater)
         self.delays: Counter[int] = Counter()  # updates between a forward and its backward -> gradients
         self.learned = 0  # gradients, one per use
-        self.instances = 0  # finished since the last update
+        self.finished = 0  # instances that are through; counted on the loop
+        self.applied = 0  # of those, how many are in the weights; counted where the jobs run
         self.lag = 0.0  # the delay expected of the next forward: a moving average
 
     def goes_on(self, lesson: Lesson) -> bool:

@@ -213,11 +213,8 @@ class Station:
         hands = self.hands
         if hands is None or hands.updater is None:
             return False
-        hands.instances += 1
-        if hands.instances < hands.lesson.frequency:
-            return False
-        hands.instances = 0
-        return True
+        hands.finished += 1
+        return hands.finished - hands.applied >= hands.lesson.frequency
 
     def launch_backward(self, batch: Batch) -> None:
         """Those rows of ``batch`` whose gradients are here."""
@@ -314,8 +311,13 @@ class Station:
 
     def update(self) -> None:
         """As many instances as an update takes are through (``update_per="instance"``)."""
-        if self.hands is not None:
-            self.hands.update(self.hands.lesson.frequency, list(self.kept))
+        hands = self.hands
+        if hands is None:
+            return
+        finished = hands.finished
+        if finished - hands.applied >= hands.lesson.frequency:  # else an earlier update has taken them in
+            hands.update(finished - hands.applied, list(self.kept))
+            hands.applied = finished
 
 
 def sizes_mean(sizes: dict[int, int]) -> float:
