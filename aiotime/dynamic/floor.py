@@ -246,16 +246,15 @@ class Floor:
     def _as_failure(self, entry: Entry, cause: BaseException) -> BaseException:
         """What the run is told of an exception in an instance."""
         index, key = entry.index, entry.key
+        if self.error is not None and isinstance(cause, FrameCancelled | asyncio.CancelledError):
+            return self.error  # that is why it was cancelled
         if isinstance(cause, FrameError):
             cause.frame, cause.key = index, key
             return cause
         if isinstance(cause, AiotimeError) and not isinstance(cause, ConfigurationError):
             return cause
-        if isinstance(cause, asyncio.CancelledError):
-            if self.error is not None:
-                return self.error
-            if entry.cancelled:
-                return FrameCancelled(f"instance {index} was cancelled", frame=index, key=key)
+        if isinstance(cause, asyncio.CancelledError) and entry.cancelled:
+            return FrameCancelled(f"instance {index} was cancelled", frame=index, key=key)
         error = StageError(
             f"the network failed at instance {index}: {type(cause).__name__}: {cause}", frame=index, key=key
         )
