@@ -200,7 +200,7 @@ class Floor:
             await self._until_over(instance)
         if instance.error is not None:
             raise instance.error
-        for stage in {station.stage for station in instance.touched}:
+        for stage in dict.fromkeys(station.stage for station in instance.touched):
             averaging = self.averaging.get(stage)
             if averaging is not None:
                 averaging.look()
@@ -218,7 +218,7 @@ class Floor:
 
     def _check_used(self, entry: Entry, instance: Instance, loss: torch.Tensor) -> None:
         assert instance.lesson is not None
-        roots: set[Call] = set()
+        roots: dict[Call, None] = {}
         instance.makers(loss, roots, "the loss")
         for call in roots:
             call.used = True
@@ -375,17 +375,19 @@ class Floor:
         value, pending.value = pending.value, None
         self._jobs -= 1
         batch, job.batch = job.batch, None
-        if batch is not None:
-            job.lane.running -= 1
-            job.then(batch, value, error)
-            job.lane.look()
-        else:
-            job.then(None, value, error)  # type: ignore[arg-type]
-        if not self._jobs:
-            for future in self._quiet:
-                if not future.done():
-                    future.set_result(None)
-            self._quiet.clear()
+        try:
+            if batch is not None:
+                job.lane.running -= 1
+                job.then(batch, value, error)
+                job.lane.look()
+            else:
+                job.then(None, value, error)  # type: ignore[arg-type]
+        finally:
+            if not self._jobs:
+                for future in self._quiet:
+                    if not future.done():
+                        future.set_result(None)
+                self._quiet.clear()
 
     async def flush(self) -> None:
         """Wait until every update of instances so far is in the weights; replicas are the same then."""

@@ -227,7 +227,7 @@ class Station:
             for row, call in enumerate(batch.calls):
                 if batch.grads[row] is not None:
                     instance = call.instance
-                    instance.touched.add(self)
+                    instance.touched[self] = None
                     if lag > instance.lags.get(self.index, -1):
                         instance.lags[self.index] = lag
                     if instance.recorded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
@@ -191,9 +191,11 @@ class Coded(Network):
 
 def linear(inputs: int = 3, outputs: int = 3, *, seed: int = 0) -> nn.Linear:
     """Always the same weights for a seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Linear(inputs, outputs)
+    layer, generator = nn.Linear(inputs, outputs), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.uniform_(-0.6, 0.6, generator=generator)
+    return layer
 
 
 def put(network: Network, kind: str) -> Network:
@@ -218,9 +220,10 @@ def put(network: Network, kind: str) -> Network:
 async def taught(network: Network, source: Any, **options: Any) -> list[Step]:
     """The steps of one learn(), plain SGD unless said otherwise."""
     steps = []
-    async for step in network.learn(source, **{"optimizer": SGD, "unused": "ignore", **options}):
-        assert isinstance(step, Step)
-        steps.append(step)
+    async with network.learn(source, **{"optimizer": SGD, "unused": "ignore", **options}) as run:
+        async for step in run:
+            assert isinstance(step, Step)
+            steps.append(step)
     return steps
 
 
@@ -281,3 +284,21 @@ def double_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def play(scenario: Coroutine[Any, Any, None], seconds: float = 20.0) -> None:
+    """Run ``scenario`` on a loop of its own: it must end in time, leave no task, and no error nobody handled."""
+    errors: list[dict[str, Any]] = []
+
+    async def watched() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
+        await asyncio.wait_for(scenario, seconds)
+        for _ in range(100):
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            if not left:
+                break
+            await asyncio.sleep(0)
+        assert not left, left
+
+    asyncio.run(watched())
+    assert not errors, errors
