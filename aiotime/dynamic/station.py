@@ -18,7 +18,7 @@ from aiotime.dynamic.call import Call
 from aiotime.dynamic.hands import Hands
 from aiotime.dynamic.inbox import Inbox
 from aiotime.dynamic.instance import give, returned
-from aiotime.errors import AiotimeError, StageError
+from aiotime.errors import AiotimeError, FrameShed, StageError
 from aiotime.learning.learner import Site
 
 if TYPE_CHECKING:
@@ -129,6 +129,8 @@ class Station:
     def _refuse(self, call: Call, error: BaseException) -> None:
         if call.future is not None and not call.future.done():
             call.future.set_exception(error)
+            if isinstance(error, FrameShed):
+                call.future.exception()  # not said aloud where nobody waits for it: the instance is told as well
         call.batch = None
         self._ended(call)
 
