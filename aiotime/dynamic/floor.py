@@ -211,7 +211,7 @@ class Floor:
             await self._until_over(instance)
         if instance.error is not None:
             raise instance.error
-        for stage in {station.stage for station in instance.touched}:
+        for stage in dict.fromkeys(station.stage for station in instance.touched):
             averaging = self.averaging.get(stage)
             if averaging is not None:
                 averaging.look()
@@ -229,7 +229,7 @@ class Floor:
 
     def _check_used(self, entry: Entry, instance: Instance, loss: torch.Tensor) -> None:
         assert instance.lesson is not None
-        roots: set[Call] = set()
+        roots: dict[Call, None] = {}
         instance.makers(loss, roots, "the loss")
         for call in roots:
             call.used = True
@@ -257,16 +257,15 @@ class Floor:
     def _as_failure(self, entry: Entry, cause: BaseException) -> BaseException:
         """What the run is told of an exception in an instance."""
         index, key = entry.index, entry.key
+        if self.error is not None and isinstance(cause, FrameCancelled | asyncio.CancelledError):
+            return self.error  # that is why it was cancelled
         if isinstance(cause, FrameError):
             cause.frame, cause.key = index, key
             return cause
         if isinstance(cause, AiotimeError) and not isinstance(cause, ConfigurationError):
             return cause
-        if isinstance(cause, asyncio.CancelledError):
-            if self.error is not None:
-                return self.error
-            if entry.cancelled:
-                return FrameCancelled(f"instance {index} was cancelled", frame=index, key=key)
+        if isinstance(cause, asyncio.CancelledError) and entry.cancelled:
+            return FrameCancelled(f"instance {index} was cancelled", frame=index, key=key)
         error = StageError(
             f"the network failed at instance {index}: {type(cause).__name__}: {cause}", frame=index, key=key
         )
@@ -393,19 +392,21 @@ class Floor:
         value, pending.value = pending.value, None
         self.jobs -= 1
         batch, job.batch = job.batch, None
-        if batch is not None:
-            job.lane.running -= 1
-            job.then(batch, value, error)
-            job.lane.look()
-        else:
-            job.then(None, value, error)  # type: ignore[arg-type]
-        if not self.jobs:
-            for lane in self.lanes:  # what only waits for better company need not wait any more
-                lane.look()
-            for future in self._quiet:
-                if not future.done():
-                    future.set_result(None)
-            self._quiet.clear()
+        try:
+            if batch is not None:
+                job.lane.running -= 1
+                job.then(batch, value, error)
+                job.lane.look()
+            else:
+                job.then(None, value, error)  # type: ignore[arg-type]
+        finally:
+            if not self.jobs:
+                for lane in self.lanes:  # what only waits for better company need not wait any more
+                    lane.look()
+                for future in self._quiet:
+                    if not future.done():
+                        future.set_result(None)
+                self._quiet.clear()
 
     async def flush(self) -> None:
         """Wait until every update of instances so far is in the weights; replicas are the same then."""

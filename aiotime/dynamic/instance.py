@@ -78,7 +78,7 @@ class Instance:
         self.back = False  # gradients are on their way
         self.error: BaseException | None = None  # of a backward
         self.lags: dict[int, int] = {}  # stage -> most updates that the weights it met lacked
-        self.touched: set[Any] = set()  # stations that got a gradient from it
+        self.touched: dict[Any, None] = {}  # stations that got a gradient from it
         self.returned: asyncio.Future[None] | None = None  # once every call is over
         self.settling = 0  # stations that are being told that it is through
         self.route: int | None = None  # which of several replicas it stays with
@@ -102,11 +102,11 @@ class Instance:
         self.check()
         call.number, self.made = self.made, self.made + 1
         if self.lesson is not None:
-            parents: set[Call] | None = None
+            parents: dict[Call, None] | None = None
             for tensor in call.tensors:
                 if tensor.requires_grad:
                     if parents is None:
-                        parents = set()
+                        parents = {}
                     self.makers(tensor, parents, call.station.name)
             if parents:
                 call.parents = tuple(parents)
@@ -127,12 +127,12 @@ class Instance:
                 key=entry.key,
             )
 
-    def makers(self, tensor: torch.Tensor, found: set[Call], where: str) -> None:
-        """Add the calls whose leaves ``tensor`` is made of to ``found``."""
+    def makers(self, tensor: torch.Tensor, found: dict[Call, None], where: str) -> None:
+        """Add the calls whose leaves ``tensor`` is made of to ``found``; in an order that is the same every time."""
         leaves = self.leaves
         call = leaves.get(id(tensor))
         if call is not None:
-            found.add(call)
+            found[call] = None
             return
         if tensor.grad_fn is None:
             raise self._foreign(tensor, where)
@@ -150,7 +150,7 @@ class Instance:
             call = leaves.get(id(variable))
             if call is None:
                 raise self._foreign(variable, where)
-            found.add(call)
+            found[call] = None
 
     def _foreign(self, tensor: torch.Tensor, where: str) -> ConfigurationError:
         what = "a parameter" if isinstance(tensor, torch.nn.Parameter) else "a tensor that requires grad"
@@ -163,7 +163,7 @@ class Instance:
 
     def retrace(self, loss: torch.Tensor, scale: float) -> None:
         """Send the gradient of ``loss`` on its way; `returned` once every call has had its own."""
-        roots: set[Call] = set()
+        roots: dict[Call, None] = {}
         self.makers(loss, roots, "the loss")
         seed = torch.full_like(loss, scale)
         if id(loss) in self.leaves:
@@ -216,9 +216,8 @@ class Instance:
         self.visits[at] = replace(self.visits[at], back=when)
 
     def over(self, call: Call) -> None:
-        """One call less."""
-        if self.calls.pop(call, call) is call:
-            return  # cancelled by the instance's own code, which has ended since
+        """One call less; a prediction may be out before a call that it had withdrawn."""
+        self.calls.pop(call, None)
         call.release()
         self._look()
 
@@ -240,7 +239,7 @@ class Instance:
     def forget(self) -> None:
         """Let go of everything."""
         self.closed = True
-        self.calls, self.leaves, self.touched = {}, {}, set()
+        self.calls, self.leaves, self.touched = {}, {}, {}
 
 
 def gather(leaf: torch.Tensor, grad: torch.Tensor) -> None:

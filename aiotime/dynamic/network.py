@@ -162,7 +162,8 @@ class Network:
             precision: likewise.
             supervised: likewise.
             ordered: steps leave in the order of the source; False: as they are ready.
-            on_error: see `Pipeline.run`. An instance that fails is not learned from; others go on.
+            on_error: see `Pipeline.run`. An instance that fails is not learned from; others go on. Where it fails on
+                the way back, what it had sent by then stays; a backward that raises fails all instances of its batch.
             deadline: seconds after its arrival within which an instance must make its last call, else it is shed.
             failure_budget: see `Pipeline.run`.
             window: instances in flight or waiting for their turn to leave; None: four times ``max_active_keys``.

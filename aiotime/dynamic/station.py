@@ -19,7 +19,7 @@ from aiotime.dynamic.call import Call
 from aiotime.dynamic.hands import Hands
 from aiotime.dynamic.inbox import Inbox
 from aiotime.dynamic.instance import follow, give, returned
-from aiotime.errors import AiotimeError, StageError
+from aiotime.errors import AiotimeError, FrameShed, StageError
 from aiotime.learning.learner import Site
 
 if TYPE_CHECKING:
@@ -131,6 +131,8 @@ class Station:
     def _refuse(self, call: Call, error: BaseException) -> None:
         if call.future is not None and not call.future.done():
             call.future.set_exception(error)
+            if isinstance(error, FrameShed):
+                call.future.exception()  # not said aloud where nobody waits for it: the instance is told as well
         call.batch = None
         self._ended(call)
 
@@ -239,7 +241,7 @@ class Station:
             for row in rows:
                 call = batch.calls[row]
                 instance = call.instance
-                instance.touched.add(self)
+                instance.touched[self] = None
                 if lag > instance.lags.get(self.index, -1):
                     instance.lags[self.index] = lag
                 if instance.recorded:
