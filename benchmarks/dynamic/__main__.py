@@ -1,4 +1,5 @@
 """python -m benchmarks.dynamic [perceptron] [lists] [trees] [graphs] [exit] [--quick] [--save LABEL] [--rounds N]
+       python -m benchmarks.dynamic [lists] [trees] --tune
 
 A part is the module of its name: its docstring begins with the question, ``setup(arguments)`` says in words what the
 figures depend on, and ``main(arguments, report)`` measures and fills the report.
@@ -26,6 +27,7 @@ PARTS = [
 def main() -> None:
     options = parser(question or "")
     options.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; by default all of them")
+    options.add_argument("--tune", action="store_true", help="choose the rates anew (lists and trees)")
     arguments = options.parse_args()
     for part in arguments.parts:
         if part not in PARTS:
