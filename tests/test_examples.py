@@ -34,6 +34,7 @@ PRINTED = {  # a line of each, as a script
     "09_simulated_scaling": "64 devices: 56.84 ×   (formula 56.84 ×)",
     "10_transformer": "sequences with equal logits: 32 of 32",
     "12_next_frame": "foreseen of the change, second half: ",
+    "13_tree_network": "expressions named rightly: ",
 }
 
 ALL_AS_SCRIPTS = """

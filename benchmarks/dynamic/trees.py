@@ -1,9 +1,10 @@
 """Trees: a network that follows the expression it is given; what do instances in flight gain and cost?
 
-An expression is a truth value, or an operation on two expressions: and, or, xor, implies. The network embeds the leaves
-and joins from the bottom to the top, the two branches of a node at the same time; the head says for every node with
-children whether it is true, and all of these answers are learned from, as in the sentiment treebank. What counts in
-validation is the root. Training and validation have trees of depth 1 to 5; deeper ones are tried afterwards.
+An expression is a digit, or an operation on two expressions: maximum, minimum, distance |a - b|, mean (halves up), so
+that every value is a digit again. The network embeds the leaves and joins from the bottom to the top, the two branches
+of a node at the same time; the head names the value of every node with children, and all of these answers are learned
+from, as in the sentiment treebank. What counts in validation is the root. Training and validation have trees of depth 1
+to 5; deeper ones are tried afterwards.
 """
 
 from __future__ import annotations
@@ -27,46 +28,47 @@ from benchmarks._harness import Report
 from benchmarks.dynamic import contest
 from benchmarks.dynamic.race import Judge, Way
 
-OPERATIONS = ("and", "or", "xor", "implies")
+OPERATIONS = ("maximum", "minimum", "distance", "mean")
+VALUES = 10
 DEEPEST = 5  # in training
 WIDTH = 128
 
 
 class Node(NamedTuple):
-    """A leaf has a truth value; other nodes have an operation and two children."""
+    """A leaf has a digit; other nodes have an operation and two children."""
 
-    token: torch.Tensor  # of a truth value or operation, without dimensions
+    token: torch.Tensor  # of a digit or operation, without dimensions
     children: tuple[Node, Node] | None = None
     number: int = -1  # among the nodes with children, those below first
 
 
 def expression(rng: random.Random, depth: int) -> Any:
-    """A truth value, or (operation, left, right); one of its leaves at least is as deep as ``depth``."""
+    """A digit, or (operation, left, right); one of its leaves at least is as deep as ``depth``."""
     if depth == 0:
-        return rng.random() < 0.5
+        return rng.randrange(VALUES)
     deep, other = expression(rng, depth - 1), expression(rng, rng.randrange(depth))
     left, right = (deep, other) if rng.random() < 0.5 else (other, deep)
     return rng.choice(OPERATIONS), left, right
 
 
-def value(tree: Any) -> bool:
-    """What it comes to."""
-    if isinstance(tree, bool):
+def value(tree: Any) -> int:
+    """What it comes to: 0..9."""
+    if isinstance(tree, int):
         return tree
     operation, left, right = tree[0], value(tree[1]), value(tree[2])
-    if operation == "and":
-        return left and right
-    if operation == "or":
-        return left or right
-    if operation == "xor":
-        return left != right
-    return right or not left
+    if operation == "maximum":
+        return max(left, right)
+    if operation == "minimum":
+        return min(left, right)
+    if operation == "distance":
+        return abs(left - right)
+    return (left + right + 1) // 2
 
 
-def as_node(tree: Any, values: list[bool]) -> Node:
+def as_node(tree: Any, values: list[int]) -> Node:
     """With tensors, for the network; the values of its nodes with children are added to ``values``, its own last."""
-    if isinstance(tree, bool):
-        return Node(torch.tensor(int(tree)))
+    if isinstance(tree, int):
+        return Node(torch.tensor(tree))
     children = as_node(tree[1], values), as_node(tree[2], values)
     values.append(value(tree))
     return Node(torch.tensor(OPERATIONS.index(tree[0])), children, len(values) - 1)
@@ -74,9 +76,9 @@ def as_node(tree: Any, values: list[bool]) -> Node:
 
 def as_sample(tree: Any) -> Sample:
     """Input: the root. Target: the values of all nodes with children, (nodes,); that of the root is the last."""
-    values: list[bool] = []
+    values: list[int] = []
     root = as_node(tree, values)
-    return Sample(root, torch.tensor(values).long())
+    return Sample(root, torch.tensor(values))
 
 
 class Join(nn.Module):
@@ -103,10 +105,10 @@ class Head(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
-        self.out = nn.Linear(width, 2)
+        self.out = nn.Linear(width, VALUES)
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
-        """(n, 2 width) -> logits (n, 2)."""
+        """(n, 2 width) -> logits (n, 10)."""
         logits: torch.Tensor = self.out(state[..., : self.width])
         return logits
 
@@ -116,7 +118,7 @@ class TreeNet(Network):
 
     def __init__(self, *, seed: int, max_batch: int) -> None:
         torch.manual_seed(seed)
-        leaf, join, head = nn.Embedding(2, 2 * WIDTH), Join(WIDTH), Head(WIDTH)
+        leaf, join, head = nn.Embedding(VALUES, 2 * WIDTH), Join(WIDTH), Head(WIDTH)
         self.leaf = Stage(leaf, device="inline", max_batch=max_batch)
         self.join = Stage(join, device="inline", max_batch=max_batch)
         self.head = Stage(head, device="inline", max_batch=max_batch, group="cat")
@@ -133,7 +135,7 @@ class TreeNet(Network):
         return state
 
     async def forward(self, tree: Node) -> torch.Tensor:
-        """Logits (nodes, 2); those of the root are the last."""
+        """Logits (nodes, 10); those of the root are the last."""
         states: dict[int, torch.Tensor] = {}
         await self.node(tree, states)
         logits: torch.Tensor = await self.head(torch.stack([states[number] for number in range(len(states))]))
@@ -141,7 +143,7 @@ class TreeNet(Network):
 
 
 def plain(network: Any, tree: Node) -> torch.Tensor:
-    """The same in plain PyTorch: logits (nodes, 2)."""
+    """The same in plain PyTorch: logits (nodes, 10)."""
     leaf, join = network.leaf.fn, network.join.fn
     states: list[torch.Tensor] = []
 
