@@ -1,9 +1,9 @@
 """A network that follows each tree it is given: a branch is `if`, a tree is recursion, a join is `asyncio.gather`.
 
 Expressions like ((1 and 0) or 1) are learned from their values alone. Every expression is a coroutine of its own; many
-are under way at once, and what waits for the same stage runs as one batch. Backward messages retrace each
-instance's own tree, and each stage updates by itself. Prints the stages' table and how many of 200 fresh expressions are
-named rightly.
+are under way at once, and what waits for the same stage runs as one batch. Backward messages retrace each instance's
+own tree, and each stage updates by itself. Prints the stages' table and how many of 200 fresh expressions are named
+rightly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 import aiotime
 from aiotime.dynamic import Network, Stage
 
-WIDTH, LEARNED, TRIED = 32, 1_500, 200
+WIDTH, LEARNED, TRIED = 32, 2_000, 200
 OPERATIONS = (lambda a, b: a and b, lambda a, b: a or b, lambda a, b: a != b)
 
 
@@ -60,20 +60,24 @@ class TreeNet(Network):
     """Leaves, joins, and what stands at the root."""
 
     def __init__(self) -> None:
-        self.leaf = Stage(nn.Embedding(2, WIDTH), device="cpu:0", max_batch=64)
-        self.join = Stage(Join(), device="cpu:0", max_batch=64)
-        self.head = Stage(nn.Linear(WIDTH, 2), device="cpu:0", max_batch=64)
+        self.leaf = Stage(nn.Embedding(2, WIDTH), device="inline", max_batch=64)
+        self.join = Stage(Join(), device="inline", max_batch=64)
+        self.head = Stage(nn.Linear(WIDTH, 2), device="inline", max_batch=64)
 
     async def node(self, tree: Tree) -> Tensor:
         """What stands for a tree: (width,)."""
+        state: Tensor
         if tree.branches is None:
-            return await self.leaf(tree.token)
-        left, right = await asyncio.gather(*map(self.node, tree.branches))
-        return await self.join(tree.token, left, right)
+            state = await self.leaf(tree.token)
+        else:
+            left, right = await asyncio.gather(*map(self.node, tree.branches))
+            state = await self.join(tree.token, left, right)
+        return state
 
     async def forward(self, tree: Tree) -> Tensor:
         """Logits of false and true: (2,)."""
-        return await self.head(await self.node(tree))
+        logits: Tensor = await self.head(await self.node(tree))
+        return logits
 
 
 async def main() -> int:
@@ -85,9 +89,9 @@ async def main() -> int:
     network = TreeNet()
     async with network:
         samples = [aiotime.Sample(each, torch.tensor(int(each.value))) for each in learned]
-        optimizer = partial(torch.optim.Adam, lr=3e-3)
+        optimizer = partial(torch.optim.Adam, lr=5e-3)
         run = network.learn(samples, loss=cross_entropy, optimizer=optimizer, max_active_keys=16)
-        losses = [step.loss async for step in run]
+        losses = [step.loss or 0.0 async for step in run]
         print(f"loss of the first 100: {sum(losses[:100]) / 100:.3f}, of the last: {sum(losses[-100:]) / 100:.3f}")
         named = [int(step.output.argmax()) async for step in network.run(tried)]
         print(network.stats())

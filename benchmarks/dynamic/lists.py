@@ -174,10 +174,10 @@ class Lists:
         return int(output[-1].argmax()) == int(target[-1])
 
 
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 6e-3, 1e-2)
 WAYS = (
     Way(contest.PLAIN, rate=1e-3),
-    Way(contest.NETWORK, rate=3e-3, keys=64, frequency=32, max_batch=64),
+    Way(contest.NETWORK, rate=6e-3, keys=32, frequency=32, per="instance", max_batch=64),
 )
 ONE = Way(contest.ONE, rate=1e-3, keys=1, per="instance", max_batch=64, share=0.1)
 
@@ -193,9 +193,9 @@ def setup(arguments: argparse.Namespace) -> str:
     """In words."""
     size = sizes(arguments)
     return (
-        f"A GRU of {WIDTH}, fresh lists (never the same twice), {size.seeds} seeds, {size.validation:,} lists to "
-        f"validate on every {size.leg:,}, with a running mean of the weights; Adam, fused, one thread. The network: "
-        f"inline stages, {WAYS[1].keys} instances in flight, {WAYS[1].frequency} gradients per update; replicas on two "
+        f"A GRU of {WIDTH}, fresh lists (no training set), {size.seeds} seeds, {size.validation:,} to validate on "
+        f"every {size.leg:,}, with a running mean of the weights; Adam, fused, one thread. The network: inline stages, "
+        f"{WAYS[1].keys} instances in flight, an update of each stage per {WAYS[1].frequency} of them; replicas on two "
         "CPU workers, in the first seed only."
     )
 

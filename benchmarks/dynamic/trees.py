@@ -119,6 +119,9 @@ class TreeNet(Network):
     def __init__(self, *, seed: int, max_batch: int) -> None:
         torch.manual_seed(seed)
         leaf, join, head = nn.Embedding(VALUES, 2 * WIDTH), Join(WIDTH), Head(WIDTH)
+        with torch.no_grad():
+            leaf.weight.mul_(0.1)
+            leaf.weight[:, :8] = torch.linspace(-1, 1, VALUES)[:, None]  # a digit is also a number
         self.leaf = Stage(leaf, device="inline", max_batch=max_batch)
         self.join = Stage(join, device="inline", max_batch=max_batch)
         self.head = Stage(head, device="inline", max_batch=max_batch, group="cat")
@@ -192,10 +195,10 @@ class Trees:
         return int(output[-1].argmax()) == int(target[-1])
 
 
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 6e-3, 1e-2)
 WAYS = (
     Way(contest.PLAIN, rate=1e-3),
-    Way(contest.NETWORK, rate=4e-3, keys=64, frequency=32, max_batch=64),
+    Way(contest.NETWORK, rate=6e-3, keys=32, frequency=32, per="instance", max_batch=64),
 )
 ONE = Way(contest.ONE, rate=1e-3, keys=1, per="instance", max_batch=64, share=0.1)
 DEEPER = (6, 7, 8)
@@ -205,16 +208,16 @@ def sizes(arguments: argparse.Namespace) -> contest.Sizes:
     """What is run."""
     if arguments.quick:
         return contest.Sizes(leg=100, legs=2, validation=50, seeds=1)
-    return contest.Sizes(leg=1_000, legs=30, validation=1_000, seeds=arguments.rounds or 3)
+    return contest.Sizes(leg=2_000, legs=25, validation=1_000, seeds=arguments.rounds or 2)
 
 
 def setup(arguments: argparse.Namespace) -> str:
     """In words."""
     size = sizes(arguments)
     return (
-        f"A Tree-LSTM of {WIDTH}, fresh expressions (never a training set), {size.seeds} seeds, {size.validation:,} "
-        f"expressions to validate on every {size.leg:,}, with a running mean of the weights; Adam, fused, one thread. "
-        f"The network: inline stages, {WAYS[1].keys} instances in flight, {WAYS[1].frequency} gradients per update."
+        f"A Tree-LSTM of {WIDTH}, fresh expressions (no training set), {size.seeds} seeds, {size.validation:,} to "
+        f"validate on every {size.leg:,}, with a running mean of the weights; Adam, fused, one thread. The network: "
+        f"inline stages, {WAYS[1].keys} instances in flight, an update of each stage per {WAYS[1].frequency} of them."
     )
 
 
