@@ -1,0 +1,1 @@
+"""Networks whose path depends on the instance: what do many instances in flight gain, and what does each epoch lose?"""
