@@ -321,13 +321,13 @@ class Floor:
             raise BusyError(
                 f"network {self.name!r} is learning with other settings at the moment; let that run end first"
             )
-        self.lessons.append(lesson)
         warn_of_batch_norm([site for station, site in todo if station.hands is None])
-        if not todo:
-            return None
         if not self.jobs:
             for station, site in todo:
                 station.enrol(site, lesson)
+            todo = []
+        self.lessons.append(lesson)
+        if not todo:
             return None
         return asyncio.ensure_future(self._enrol(todo, lesson))
 

@@ -318,8 +318,8 @@ class Station:
             return
         finished = hands.finished
         if finished - hands.applied >= hands.lesson.frequency:  # else an earlier update has taken them in
-            hands.update(finished - hands.applied, list(self.kept))
-            hands.applied = finished
+            count, hands.applied = finished - hands.applied, finished  # also where the step raises: its sum is gone
+            hands.update(count, list(self.kept))
 
 
 def sizes_mean(sizes: dict[int, int]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from aiotime.dynamic import Stage
 from aiotime.errors import InputError, StageError
-from tests.dynamic.nets import Coded, check_empty, close, gathered, linear, put, taught
+from tests.dynamic.nets import SGD, Coded, check_empty, close, gathered, linear, put, taught
 
 kinds = pytest.mark.parametrize("kind", ["inline", "cpu", "simulated"])
 pytestmark = pytest.mark.usefixtures("double")
@@ -226,3 +227,41 @@ async def test_one_bad_row(kind: str) -> None:
         assert isinstance(error.__cause__, ArithmeticError)
         assert tried[0] > 1
         check_empty(network)
+
+
+@pytest.mark.asyncio
+@kinds
+async def test_rows_that_wait_for_nothing_go_back_alone(kind: str) -> None:
+    """Where one instance of a batch waits for something outside, the others learn meanwhile; gradients are the same."""
+    gate = asyncio.Event()
+
+    async def code(net: Any, n: int) -> Any:
+        h = await net.first(torch.full((3,), float(n)))
+        h = await net.second(h + 1)
+        if n == 1:
+            await gate.wait()
+        return (h**2).sum()
+
+    def made() -> Coded:
+        return Coded(code, first=Stage(linear(seed=1), max_batch=4), second=Stage(linear(seed=2), max_batch=4))
+
+    sums = []
+    for blocks in (False, True):
+        gate.clear() if blocks else gate.set()
+        network = put(made(), kind)
+        async with network:
+            out = []
+            async for step in network.learn(
+                range(4), optimizer=SGD, min_update_frequency=10**9, ordered=False, unused="ignore"
+            ):
+                out.append(step.index)
+                if len(out) == 3:
+                    gate.set()  # only now: three of the batch were learned from before
+            assert out[-1] == 1 or not blocks
+            if blocks:
+                for station in network.stats().stages:
+                    assert sum(size * times for size, times in station.back_sizes) == 4
+                    assert len(station.back_sizes) > 1 or kind == "cpu"
+            sums.append(gathered(network))
+            check_empty(network)
+    close(*sums)

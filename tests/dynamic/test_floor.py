@@ -33,7 +33,7 @@ async def test_actions_run_between_jobs(settle: Settle) -> None:
         floor = floor_of(net)
         (station,) = floor.stations
         request = asyncio.create_task(net.submit(torch.ones(3)))
-        await settle(until=lambda: floor._jobs)
+        await settle(until=lambda: floor.jobs)
         await floor.act_on([(station, lambda: log.append(f"{clock.now()} {torch.is_inference_mode_enabled()}"))])
         assert log == ["1.0 False"]
         await request
@@ -115,7 +115,7 @@ async def test_a_callback_that_raises_wakes_who_waits(loop_errors: list[dict[str
 
         floor._act(station, lambda: None, wrong)
         await asyncio.wait_for(floor._no_jobs(), 20)
-        assert not floor._jobs
+        assert not floor.jobs
         await net.submit(torch.ones(3))
     assert [str(each["exception"]) for each in loop_errors] == ["wrong"]
     loop_errors.clear()

@@ -54,6 +54,10 @@ async def test_a_lesson_that_cannot_begin_leaves_nothing_open(settle: Settle) ->
             pass
     await settle(until=lambda: net._house().closed)
     assert len(await taught(net, [torch.ones(3)])) == 1
+    async with net:  # and where it was opened by hand, the next lesson may begin
+        with pytest.raises(ConfigurationError, match="optimizer"):
+            await taught(net, [torch.ones(3)], optimizer=lambda params: 3)
+        assert len(await taught(net, [torch.ones(3)])) == 1
 
 
 @pytest.mark.asyncio

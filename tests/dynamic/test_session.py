@@ -81,7 +81,7 @@ async def test_an_entry_cancelled_at_any_time(settle: Settle) -> None:
             assert owner.told[told:] == [entry]
             assert entry.error is None or isinstance(entry.error, FrameCancelled)
             assert session.door.used == 0
-        await settle(until=lambda: not floor_of(net)._jobs)
+        await settle(until=lambda: not floor_of(net).jobs)
         check_empty(net)
 
 

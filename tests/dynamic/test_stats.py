@@ -80,7 +80,7 @@ async def test_while_it_works() -> None:
             task = asyncio.create_task(run.__anext__())
             for _ in range(200):
                 await asyncio.sleep(0)
-                if network.stats().active == 3 and floor_of(network)._jobs == 2:
+                if network.stats().active == 3 and floor_of(network).jobs == 2:
                     break
             stats = network.stats()
             assert stats.active == 3
