@@ -201,7 +201,7 @@ class Trees:
         return int(output[-1].argmax()) == int(target[-1])
 
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 6e-3, 1e-2)
+RATES = {contest.PLAIN: (5e-4, 1e-3, 2e-3), contest.NETWORK: (3e-3, 6e-3, 1e-2)}
 WAYS = (
     Way(contest.PLAIN, rate=1e-3),
     Way(contest.NETWORK, rate=6e-3, keys=32, frequency=32, per="instance", max_batch=64),

@@ -208,9 +208,18 @@ def test_rates_are_tuned_with_as_many_candidates_for_each_way(
             pass
 
     ways = [race.Way("plain", 1.0), race.Way("network", 1.0, keys=4)]
-    found = contest.tuned(Silent(), None, ways, (0.1, 0.2, 0.3), contest.Sizes(leg=1, legs=3, validation=1, seeds=1))
+    rates = {"plain": (0.1, 0.2, 0.3), "network": (0.1, 0.2, 0.3)}
+    found = contest.tuned(Silent(), None, ways, rates, contest.Sizes(leg=1, legs=3, validation=1, seeds=1))
     assert [way.rate for way in found] == [0.3, 0.1]
     assert tried == [(way.name, rate, contest.TUNING_SEED) for way in ways for rate in (0.1, 0.2, 0.3)]
+
+
+@pytest.mark.parametrize("name", ["lists", "trees"])
+def test_both_sides_have_as_many_rates_to_choose_from(part: Any, name: str) -> None:
+    """And the rate that is used without --tune is one of them."""
+    module = part(name)
+    assert len({len(rates) for rates in module.RATES.values()}) == 1
+    assert all(way.rate in module.RATES[way.name] for way in module.WAYS)
 
 
 def test_a_part_that_is_not_there_is_named(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
