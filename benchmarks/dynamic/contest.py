@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -37,20 +37,26 @@ def held(problem: Problem, ways: Sequence[Way], once: Sequence[Way], sizes: Size
     return results
 
 
-def tuned(report: Report, problem: Problem, ways: Sequence[Way], rates: Sequence[float], sizes: Sizes) -> list[Way]:
-    """Each way with that of ``rates`` which is best after a third of the instances, on a seed of its own."""
+def tuned(
+    report: Report, problem: Problem, ways: Sequence[Way], rates: Mapping[str, Sequence[float]], sizes: Sizes
+) -> list[Way]:
+    """Each way with that of its ``rates`` which is best after a third of the instances, on a seed of its own."""
     legs = max(1, sizes.legs // 3)
     rows: list[list[str | float]] = []
     found = []
     for way in ways:
         scores = []
-        for rate in rates:
+        for rate in rates[way.name]:
             one = aiotime.run(race(problem, [replace(way, rate=rate)], seed=TUNING_SEED, leg=sizes.leg, legs=legs))
             scores.append(one.curves[0].accuracy[-1])
-        found.append(replace(way, rate=rates[max(range(len(rates)), key=scores.__getitem__)]))
-        rows.append([way.name, *(100 * score for score in scores), f"{found[-1].rate:g}"])
-    columns = ["way", *(f"{rate:g}" for rate in rates), "taken"]
-    report.table(f"Accuracy (%) after {legs * sizes.leg:,} instances, by the rate of Adam", columns, rows)
+        best = max(range(len(scores)), key=scores.__getitem__)
+        found.append(replace(way, rate=rates[way.name][best]))
+        tried = zip(rates[way.name], scores, strict=True)
+        rows += [
+            [way.name, f"{rate:g}", 100 * score, "taken" if rate == found[-1].rate else ""] for rate, score in tried
+        ]
+    columns = ["way", "rate", "accuracy (%)", ""]
+    report.table(f"The rates of Adam, after {legs * sizes.leg:,} instances of seed {TUNING_SEED}", columns, rows)
     return found
 
 

@@ -85,10 +85,12 @@ class Head(nn.Module):
         self.operation = nn.Embedding(len(OPERATIONS), 16)
         self.layers = nn.Sequential(nn.Linear(16 + 2 * width, 128), nn.ReLU(), nn.Linear(128, 10))
 
-    def forward(self, operation: torch.Tensor, even: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
-        """(n,), (n, width), (n, width) -> logits (n, 10)."""
-        out: torch.Tensor = self.layers(torch.cat([self.operation(operation), even, odd], -1))
-        return out
+    def forward(
+        self, operation: torch.Tensor, even: torch.Tensor, odd: torch.Tensor, answers: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(n,), (n, width), (n, width) -> logits (n, 10); with answers (n,) -> losses (n,)."""
+        logits: torch.Tensor = self.layers(torch.cat([self.operation(operation), even, odd], -1))
+        return logits if answers is None else functional.cross_entropy(logits, answers, reduction="none")
 
 
 class ListNet(Network):
@@ -108,17 +110,21 @@ class ListNet(Network):
             states.append(await self.cell(operation, digit, states[-1]))
         return states
 
-    async def forward(self, given: Any) -> torch.Tensor:
-        """Logits (length, 10): of every beginning."""
-        operation, digits = given
+    async def forward(self, given: tuple[Any, torch.Tensor | None]) -> torch.Tensor:
+        """Logits (length, 10), of every beginning; with the answers (length,): the loss."""
+        (operation, digits), answers = given
         even, odd = await asyncio.gather(self.read(operation, digits[0::2]), self.read(operation, digits[1::2]))
         lengths = range(1, len(digits) + 1)
-        logits: torch.Tensor = await self.head(
+        rows = (
             operation.expand(len(digits)),
             torch.stack([even[(length + 1) // 2] for length in lengths]),
             torch.stack([odd[length // 2] for length in lengths]),
         )
-        return logits
+        if answers is None:
+            logits: torch.Tensor = await self.head(*rows)
+            return logits
+        losses: torch.Tensor = await self.head(*rows, answers)  # a batch of many instances' losses
+        return losses.sum() / LONGEST
 
 
 def plain(network: Any, given: Any) -> torch.Tensor:
@@ -174,7 +180,7 @@ class Lists:
         return int(output[-1].argmax()) == int(target[-1])
 
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 6e-3, 1e-2)
+RATES = {contest.PLAIN: (5e-4, 1e-3, 2e-3), contest.NETWORK: (3e-3, 6e-3, 1e-2)}
 WAYS = (
     Way(contest.PLAIN, rate=1e-3),
     Way(contest.NETWORK, rate=6e-3, keys=32, frequency=32, per="instance", max_batch=64),

@@ -39,7 +39,9 @@ class Problem(Protocol):
     loss: LossOf
 
     def network(self, *, seed: int, max_batch: int, replicas: int = 1) -> Network:
-        """With first weights that depend on the seed alone."""
+        """With first weights that depend on the seed alone; ``forward((input, None))`` is its output,
+        ``forward((input, target))`` its loss.
+        """
 
     def plain(self, network: Network, given: Any) -> torch.Tensor:
         """The network's forward as a synchronous function of its modules."""
@@ -144,8 +146,7 @@ class Learner:
             await self.network.__aenter__()
         way, number = self.way, 0
         run = self.network.learn(
-            samples,
-            loss=self.problem.loss,
+            [Sample((sample.input, sample.target)) for sample in samples],
             optimizer=self._optimizer,
             max_active_keys=way.keys,
             min_update_frequency=way.frequency,
@@ -182,7 +183,7 @@ class Judge:
         samples = problem.validation if samples is None else samples
         async with network:
             await network.load_state_dict(weights)
-            run = network.run([sample.input for sample in samples], max_active_keys=VALIDATED_AT_ONCE)
+            run = network.run([(sample.input, None) for sample in samples], max_active_keys=VALIDATED_AT_ONCE)
             outputs = [step.output async for step in run]
         answers = zip(outputs, samples, strict=True)
         return sum(problem.right(output, sample.target) for output, sample in answers) / len(samples)

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent.parent
 def part(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A module of the benchmark by name; the benchmarks are no installed package."""
     monkeypatch.syspath_prepend(str(ROOT))
-    return lambda name: importlib.import_module(f"benchmarks.dynamic.{name}")
+    names = ("__main__", "contest", "lists", "perceptron", "race", "trees")
+    return {name: importlib.import_module(f"benchmarks.dynamic.{name}") for name in names}.__getitem__
 
 
 def truth(tree: Any) -> str:
@@ -116,7 +117,7 @@ def test_deeper_trees_are_never_trained_on(part: Any) -> None:
     def depth_of(node: Any) -> int:
         return 0 if node.children is None else 1 + max(map(depth_of, node.children))
 
-    assert {depth_of(sample.input) for sample in problem.samples(200, seed=0)} == set(range(1, trees.DEEPEST + 1))
+    assert {depth_of(sample.input) for sample in problem.samples(200, seed=0)} == set(trees.DEPTHS)
     assert {depth_of(sample.input) for sample in problem.samples(5, seed=0, depths=[7])} == {7}
 
 
@@ -131,7 +132,7 @@ async def test_the_network_is_what_plain_pytorch_computes(part: Any, name: str) 
     problem = (module.Lists if name == "lists" else module.Trees)(validation=[])
     samples = problem.samples(20, seed=1)
     network, own = problem.network(seed=5, max_batch=8), problem.network(seed=5, max_batch=1)
-    predictions = [step.output async for step in network.run([sample.input for sample in samples])]
+    predictions = [step.output async for step in network.run([(sample.input, None) for sample in samples])]
     for prediction, sample in zip(predictions, samples, strict=True):
         with torch.no_grad():
             torch.testing.assert_close(prediction, problem.plain(own, sample.input), rtol=1e-4, atol=1e-5)
@@ -207,9 +208,18 @@ def test_rates_are_tuned_with_as_many_candidates_for_each_way(
             pass
 
     ways = [race.Way("plain", 1.0), race.Way("network", 1.0, keys=4)]
-    found = contest.tuned(Silent(), None, ways, (0.1, 0.2, 0.3), contest.Sizes(leg=1, legs=3, validation=1, seeds=1))
+    rates = {"plain": (0.1, 0.2, 0.3), "network": (0.1, 0.2, 0.3)}
+    found = contest.tuned(Silent(), None, ways, rates, contest.Sizes(leg=1, legs=3, validation=1, seeds=1))
     assert [way.rate for way in found] == [0.3, 0.1]
     assert tried == [(way.name, rate, contest.TUNING_SEED) for way in ways for rate in (0.1, 0.2, 0.3)]
+
+
+@pytest.mark.parametrize("name", ["lists", "trees"])
+def test_both_sides_have_as_many_rates_to_choose_from(part: Any, name: str) -> None:
+    """And the rate that is used without --tune is one of them."""
+    module = part(name)
+    assert len({len(rates) for rates in module.RATES.values()}) == 1
+    assert all(way.rate in module.RATES[way.name] for way in module.WAYS)
 
 
 def test_a_part_that_is_not_there_is_named(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
