@@ -133,7 +133,13 @@ class TreeNet(Network):
 
     async def joined(self, node: Node, left: Node, right: Node, states: dict[int, torch.Tensor]) -> torch.Tensor:
         """Both branches at the same time, then the node itself."""
-        branches = await asyncio.gather(self.node(left, states), self.node(right, states))
+        both = self.node(left, states), self.node(right, states)
+        if (
+            left.children is None or right.children is None
+        ):  # a leaf is under way since it was called: no task is needed
+            branches = [await both[0], await both[1]]
+        else:
+            branches = await asyncio.gather(*both)
         state: torch.Tensor = await self.join(node.token, *branches)
         states[node.number] = state
         return state
