@@ -8,6 +8,7 @@ await stage(h, x) ── Call ──▶ inbox ──▶ batch ──▶ leaves �
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ class Call:
     __slots__ = (
         "asked",
         "batch",
+        "edges",
         "future",
         "instance",
         "leaves",
@@ -45,6 +47,7 @@ class Call:
         "station",
         "tensors",
         "used",
+        "versions",
         "waits",
     )
 
@@ -62,12 +65,15 @@ class Call:
         self.used = False  # some call or the loss is made of its leaves
         self.spec: Any
         self.tensors: list[torch.Tensor]  # among its arguments
+        self.edges: list[Any] = []  # for each: where its gradient goes; None for leaves, and where none is wanted
+        self.versions: list[int]  # of the tensors when the call was made
         self.signature: Hashable
         if not kwargs and all(type(arg) is torch.Tensor for arg in args):
             self.spec, self.tensors, constants = _PLAIN, list(args), None
         else:
             self.spec, self.tensors, constants = _flattened(station, args, kwargs)
         self.signature = self._signature(constants)
+        self.versions = [0 if tensor.is_inference() else tensor._version for tensor in self.tensors]
 
     def _signature(self, constants: Any) -> Hashable:
         """Equal for calls that may share a batch."""
@@ -91,15 +97,27 @@ class Call:
             )
         return tuple(found)
 
+    def check_unchanged(self) -> None:
+        """Raise where an input was changed in place between the call and its turn."""
+        for tensor, version in zip(self.tensors, self.versions, strict=True):
+            if not tensor.is_inference() and tensor._version != version:
+                raise InputError(
+                    f"stage {self.station.name!r} was given a tensor of shape {tuple(tensor.shape)} that was changed "
+                    "in place before the stage could read it; await the call first, or change a copy"
+                )
+
     def release(self) -> None:
         """Let go of everything: it is over."""
-        self.tensors, self.leaves, self.parents, self.batch, self.future = [], [], (), None, None
+        self.tensors, self.edges, self.leaves, self.parents = [], [], [], ()
+        self.batch = self.future = None
 
 
 def _flattened(station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any], Any]:
     """(structure and what stands in it beside tensors, tensors, what must be equal in a batch) of its arguments."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     constants = tuple((at, leaf) for at, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor))
+    for _, constant in constants:
+        _check_constant(station, constant)
     if station.batches:
         for _, constant in constants:
             try:
@@ -111,6 +129,20 @@ def _flattened(station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]) 
                 ) from None
     same = tuple((type(leaf), leaf) for _, leaf in constants)  # 1, 1.0 and True are equal, and are not the same
     return (spec, constants), [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], same
+
+
+def _check_constant(station: Station, constant: Any) -> None:
+    """Refuse what is no tensor and should be, or hides one that is to be learned through."""
+    if isinstance(constant, asyncio.Future) or inspect.iscoroutine(constant):
+        raise InputError(
+            f"stage {station.name!r} was given a result that is not there yet: await stage(...) before you use it"
+        )
+    inside = getattr(constant, "__dict__", None)
+    if inside and any(isinstance(value, torch.Tensor) and value.requires_grad for value in inside.values()):
+        raise InputError(
+            f"stage {station.name!r} was given a {type(constant).__name__} that holds results of stages; no gradient "
+            "would come back through it. Hand in the tensors, or tuples, lists and dicts of them"
+        )
 
 
 def unflattened(spec: Any, tensors: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -143,7 +144,10 @@ class Floor:
             session.settle(entry, self.error)
             return
         self.entries.add(entry)
-        entry.instance = Instance(self, entry, session.lesson, recorded=session.recorded)
+        lesson = session.lesson
+        if lesson is not None and lesson.supervised and entry.target is None:
+            lesson = None  # predict only
+        entry.instance = Instance(self, entry, lesson, recorded=session.recorded)
         entry.task = self.loop.create_task(
             self._live(entry, entry.instance), name=f"instance:{self.name}:{entry.index}"
         )
@@ -187,11 +191,8 @@ class Floor:
         unfinished = instance.unfinished()
         if unfinished is not None:
             raise unfinished
-        if lesson is None or (lesson.supervised and entry.target is None):
-            entry.value = output if lesson is None else _cut_off(output)
-            if lesson is not None:
-                instance.abandon()  # nothing to learn from: free what was kept
-                await self._until_over(instance)
+        if lesson is None:
+            entry.value = output
             return
         instance.closed = True
         with lesson.autocast(torch.device("cpu")):
@@ -243,7 +244,8 @@ class Floor:
             if instance.lesson.unused == "raise":
                 raise StageError(what, stage=stage, frame=entry.index, key=entry.key)
             if not said:
-                log.warning("dynamic.unused", network=self.name, stage=stage, instance=entry.index, said=what)
+                log.warning("dynamic.unused", network=self.name, stage=stage, instance=entry.index)
+                warnings.warn(f'{what}. Said once; unused="raise" or "ignore" of learn', stacklevel=2)
 
     @staticmethod
     async def _until_over(instance: Instance) -> None:
@@ -257,6 +259,8 @@ class Floor:
     def _as_failure(self, entry: Entry, cause: BaseException) -> BaseException:
         """What the run is told of an exception in an instance."""
         index, key = entry.index, entry.key
+        if isinstance(cause, BaseExceptionGroup):  # of a TaskGroup in forward: what went wrong first, not that it did
+            cause = _first(cause.subgroup(FrameError) or cause)
         if self.error is not None and isinstance(cause, FrameCancelled | asyncio.CancelledError):
             return self.error  # that is why it was cancelled
         if isinstance(cause, FrameError):
@@ -266,9 +270,13 @@ class Floor:
             return cause
         if isinstance(cause, asyncio.CancelledError) and entry.cancelled:
             return FrameCancelled(f"instance {index} was cancelled", frame=index, key=key)
-        error = StageError(
-            f"the network failed at instance {index}: {type(cause).__name__}: {cause}", frame=index, key=key
-        )
+        said = f"the network failed at instance {index}: {type(cause).__name__}: {cause}"
+        if isinstance(cause, RuntimeError) and "inplace" in str(cause).lower().replace("-", ""):
+            said += (
+                " (what a stage returns shares its memory with other instances of the batch and cannot be changed in "
+                "place: write h = h + 1, masked_fill, torch.where)"
+            )
+        error = StageError(said, frame=index, key=key)
         error.__cause__ = cause
         return error
 
@@ -279,6 +287,12 @@ class Floor:
             raise ConfigurationError(
                 f"stage {stage.name!r} is no part of network {self.name!r}: keep it as an attribute of the network (or "
                 "in a list or dict there) before the network is opened"
+            )
+        if instance.lesson is not None and (not torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
+            raise ConfigurationError(
+                f"stage {stage.name!r} was called for learning while autograd is off. torch.no_grad() and "
+                "inference_mode() belong to the thread, so around an await they hit every coroutine of the loop: use "
+                ".detach() in forward, and keep them out of 'async for' around network.learn"
             )
         station = stations[0] if len(stations) == 1 else self._route(instance, stations)
         call = Call(station, instance, args, kwargs)
@@ -518,6 +532,13 @@ class Floor:
             await lane.stream.join()
         self.leave()
         log.info("network.closed", network=self.name, **self.counts)
+
+
+def _first(error: BaseException) -> BaseException:
+    """Of the errors in a group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _nothing(batch: Batch, value: Any, error: BaseException | None) -> None:

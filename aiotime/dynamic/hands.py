@@ -8,8 +8,9 @@ Called where the station's device stream runs its jobs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +21,39 @@ from aiotime.dynamic.lesson import Lesson
 from aiotime.learning.corrections.contract import Corrected
 from aiotime.learning.learner import Site
 from aiotime.learning.weights import Weights, slots_of
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What hands have done up to a moment."""
+
+    gradients: int = 0
+    updates: int = 0
+    skipped: int = 0
+    delays: Mapping[int, int] = field(default_factory=dict)
+
+    @staticmethod
+    def of(hands: Hands | None) -> Counts:
+        """Of ``hands``; None: nothing."""
+        if hands is None:
+            return Counts()
+        updater = hands.updater
+        return Counts(
+            hands.learned,
+            0 if updater is None else updater.updates,
+            0 if updater is None else updater.skipped,
+            dict(hands.delays),
+        )
+
+    def since(self, earlier: Counts) -> Counts:
+        """What was done from ``earlier`` on."""
+        delays = {delay: times - earlier.delays.get(delay, 0) for delay, times in sorted(self.delays.items())}
+        return Counts(
+            self.gradients - earlier.gradients,
+            self.updates - earlier.updates,
+            self.skipped - earlier.skipped,
+            {delay: times for delay, times in delays.items() if times},
+        )
 
 
 class Hands:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
@@ -61,6 +63,7 @@ class House:
     def stages(self) -> list[tuple[str, Stage]]:
         """(name, stage) of the network and its parts, found at first use."""
         if self._stages is None:
+            self._check_forward()
             found: dict[Stage, str] = {}
             for path, thing in _contents(self._network):
                 if isinstance(thing, Stage):
@@ -81,6 +84,23 @@ class House:
                 stage.name = name
             self._find_devices()
         return self._stages
+
+    def _check_forward(self) -> None:
+        network = type(self._network)
+        if not inspect.iscoroutinefunction(network.forward):
+            raise ConfigurationError(
+                f"{network.__name__}.forward must be 'async def forward(self, sample)' and return its result (no yield)"
+            )
+        for name, value in vars(self._network).items():
+            bare = isinstance(value, nn.Parameter) or (
+                isinstance(value, nn.Module) and any(p.requires_grad for p in value.parameters())
+            )
+            if bare:
+                warnings.warn(
+                    f"{network.__name__}.{name} is a {type(value).__name__} outside of the stages: it is not learned, "
+                    f"and state_dict() does not have it. Write self.{name} = aiotime.dynamic.Stage(...), or freeze it",
+                    stacklevel=2,
+                )
 
     def _find_devices(self) -> None:
         assert self._stages is not None

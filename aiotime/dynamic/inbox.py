@@ -18,7 +18,7 @@ class Inbox:
         most: calls of one batch.
     """
 
-    __slots__ = ("_groups", "_inside", "_limit", "_most", "_outside", "_patience", "blocked", "entered", "peak")
+    __slots__ = ("_groups", "_inside", "_limit", "_most", "_outside", "_patience", "blocked", "peak")
 
     def __init__(self, limit: int, most: int) -> None:
         self._limit = limit
@@ -27,7 +27,6 @@ class Inbox:
         self._outside: deque[Call] = deque()
         self._inside = 0
         self._patience = PASSED_OVER
-        self.entered = 0
         self.blocked = 0  # calls that had to wait outside
         self.peak = 0  # the most that ever waited inside
 
@@ -58,7 +57,6 @@ class Inbox:
             group = self._groups[call.signature] = deque()
         group.append(call)
         self._inside += 1
-        self.entered += 1
         self.peak = max(self.peak, self._inside)
 
     def take(self) -> list[Call]:
@@ -87,9 +85,3 @@ class Inbox:
             if taken:
                 return taken
         return []
-
-    def clear(self) -> None:
-        """Forget all of them."""
-        self._groups.clear()
-        self._outside.clear()
-        self._inside = 0

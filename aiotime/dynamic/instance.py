@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 
 from aiotime.dynamic.call import Call
 from aiotime.errors import ConfigurationError, DeadlineExceeded, FrameCancelled, StageError
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from aiotime.dynamic.lesson import Lesson
     from aiotime.dynamic.path import Visit
     from aiotime.dynamic.stage import Stage
+
+Walk = tuple[Call, list[Any], list[torch.Tensor]]  # a call, edges of its inputs, their gradients
 
 CURRENT: ContextVar[Instance | None] = ContextVar("aiotime.dynamic.instance", default=None)
 
@@ -102,12 +105,12 @@ class Instance:
         self.check()
         call.number, self.made = self.made, self.made + 1
         if self.lesson is not None:
-            parents: dict[Call, None] | None = None
+            parents: dict[Call, None] = {}
             for tensor in call.tensors:
                 if tensor.requires_grad:
-                    if parents is None:
-                        parents = {}
                     self.makers(tensor, parents, call.station.name)
+                # of the tensor as it is now: code that changes it in place later gives it another
+                call.edges.append(get_gradient_edge(tensor) if tensor.grad_fn is not None else None)
             if parents:
                 call.parents = tuple(parents)
                 for parent in parents:
@@ -247,13 +250,13 @@ def gather(leaf: torch.Tensor, grad: torch.Tensor) -> None:
     leaf.grad = grad if leaf.grad is None else leaf.grad + grad
 
 
-def spread(tensors: list[torch.Tensor], grads: list[torch.Tensor], makers: Iterable[Call]) -> None:
-    """Take ``grads`` through the instances' own graphs, to the leaves of ``makers`` that ``tensors`` are made of.
+def spread(roots: Sequence[Any], grads: list[torch.Tensor], makers: Iterable[Call]) -> None:
+    """Take ``grads`` of ``roots`` (tensors, edges) through the instances' own graphs, to the leaves of ``makers``.
 
     All of it, or, where user code raises, nothing. `torch.autograd.backward` would add in place to what has gathered.
     """
     leaves = {id(leaf): leaf for call in makers for leaf in call.leaves if leaf.requires_grad}.values()
-    found = torch.autograd.grad(tensors, list(leaves), grads, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(roots, list(leaves), grads, retain_graph=True, allow_unused=True)
     for leaf, grad in zip(leaves, found, strict=True):
         if grad is not None:
             gather(leaf, grad)
@@ -292,22 +295,22 @@ def follow(batch: Batch) -> None:
 
 def returned(batch: Batch, rows: Sequence[int], grads: Grads | None) -> list[Call]:
     """Gradients of what went into ``rows`` have come (None: there are none): pass them on. The calls ready now."""
-    walks: list[tuple[Call, list[torch.Tensor], list[torch.Tensor]]] = []
+    walks: list[Walk] = []
     calls = [batch.calls[row] for row in rows]
     if grads is not None:
         parts = [None if grad is None else batch.parted(grad) for grad in grads]
         for row, call in zip(rows, calls, strict=True):
             leaves = call.instance.leaves
-            local: list[torch.Tensor] = []
+            local: list[Any] = []
             outer: list[torch.Tensor] = []
-            for tensor, part in zip(call.tensors, parts, strict=True):
-                if part is None or not tensor.requires_grad:
+            for tensor, edge, part in zip(call.tensors, call.edges, parts, strict=True):
+                if part is None:
                     continue
-                if id(tensor) in leaves:
-                    gather(tensor, part[row])
-                else:
-                    local.append(tensor)
+                if edge is not None:
+                    local.append(edge)
                     outer.append(part[row])
+                elif id(tensor) in leaves:
+                    gather(tensor, part[row])
             if local:
                 walks.append((call, local, outer))
         if walks:
@@ -319,11 +322,11 @@ def returned(batch: Batch, rows: Sequence[int], grads: Grads | None) -> list[Cal
     return ready
 
 
-def _walk(walks: list[tuple[Call, list[torch.Tensor], list[torch.Tensor]]]) -> None:
+def _walk(walks: list[Walk]) -> None:
     """Through the graphs of all rows at once; where code of one instance raises, only that instance fails."""
     try:
         spread(
-            [tensor for _, local, _ in walks for tensor in local],
+            [edge for _, local, _ in walks for edge in local],
             [grad for _, _, outer in walks for grad in outer],
             [parent for call, _, _ in walks for parent in call.parents],
         )

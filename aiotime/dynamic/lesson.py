@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from aiotime.errors import ConfigurationError
+from aiotime.errors import ConfigurationError, InputError
 from aiotime.learning.corrections.contract import Correction, check_all
 from aiotime.learning.order import Order
 from aiotime.learning.rule import Loss, PerStage, Rule
@@ -69,19 +69,30 @@ class Lesson(Rule):
             raise ConfigurationError(f'unused must be "warn", "raise" or "ignore", not {unused!r}')
         if isinstance(corrections, Correction):
             raise ConfigurationError(f"corrections is a list: corrections=[{type(corrections).__name__}(...)]")
-        check_all(corrections, weights)
         for correction in corrections:
-            if correction.changes in ("backward", "order"):
+            if getattr(correction, "changes", None) in ("backward", "order"):
                 raise ConfigurationError(
                     f"{type(correction).__name__} changes the {correction.changes} of a pipeline's stage; a network's "
                     "stages take corrections of the forward's weights, of gradients, rates and steps"
                 )
+        check_all(corrections, weights)
         self.given = loss
         self.frequency = min_update_frequency
         self.per_instance = update_per == "instance"
         self.stash = weights == "stashed"
         self.corrections = list(corrections)
         self.unused = unused
+
+    def loss_value(self, output: Any, target: Any, *, frame: int, key: Any) -> torch.Tensor:
+        """As for any rule."""
+        if self.given is None and not isinstance(output, torch.Tensor):
+            raise InputError(
+                f"instance {frame}: forward returned a {type(output).__name__}; where learn gets no loss=..., it must "
+                "return the loss, a tensor with one number",
+                frame=frame,
+                key=key,
+            )
+        return super().loss_value(output, target, frame=frame, key=key)
 
     def order(self, stage: int, stages: int) -> Order:
         """None that is fixed: the instances decide."""

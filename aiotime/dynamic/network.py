@@ -284,12 +284,21 @@ class Network:
         finally:
             house.trace_into(None)
 
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__}: {', '.join(f'{name}@{_places(stage)}' for name, stage in self.stages.items())}>"
+        )
+
     def _house(self) -> House:
         """What runs it; made at first use, since nobody must call our ``__init__``."""
         house: House | None = self.__dict__.get("_aiotime_house")
         if house is None:
             house = self.__dict__["_aiotime_house"] = House(self)
         return house
+
+
+def _places(stage: Stage) -> str:
+    return "+".join("?" if replica.device is None else replica.device.name for replica in stage.replicas)
 
 
 def _window(window: int | None, keys: int) -> int:

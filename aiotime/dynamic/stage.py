@@ -129,6 +129,8 @@ class Stage(LinearStage):
     def __call__(self, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
         """Queue one call for the instance that is running; ``await`` what it returns.
 
+        That is a future: await or gather it as it is. `asyncio.create_task` and a TaskGroup want a coroutine around it.
+
         Raises:
             ConfigurationError: outside of a network's forward. InputError: what cannot be batched.
         """

@@ -6,7 +6,7 @@ grads ──▶ launch_backward ─▶ [device stream: autograd, update] ──�
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from aiotime.devices.base import Work, stage_failed
 from aiotime.dynamic.batch import Batch, Grads
 from aiotime.dynamic.call import Call
-from aiotime.dynamic.hands import Hands
+from aiotime.dynamic.hands import Counts, Hands
 from aiotime.dynamic.inbox import Inbox
 from aiotime.dynamic.instance import follow, give, returned
 from aiotime.errors import AiotimeError, FrameShed, StageError
@@ -67,6 +67,7 @@ class Station:
         self.learn = Work(self._learn, stage=name, index=3 * index + 1, grad=True)
         self.back = Work(self._backward, stage=f"{name} backward", index=3 * index + 2, grad=True, phase="backward")
         self.works = (self.infer, self.learn, self.back)
+        self.before = Counts.of(replica.hands)  # what its hands had done before the network was opened
         for work in self.works:
             lane.stream.bind(work)
         lane.stations.append(self)
@@ -86,11 +87,7 @@ class Station:
     def enrol(self, site: Site, lesson: Lesson) -> None:
         """Learn as ``lesson`` says from here on, with a new optimizer."""
         self.replica.hands = Hands(site, lesson)
-
-    @property
-    def load(self) -> int:
-        """Calls that wait here."""
-        return len(self.inbox)
+        self.before = Counts.of(None)
 
     # ------------------------------------------------------------------ forward, on the loop
 
@@ -109,7 +106,8 @@ class Station:
         for call in calls:
             try:
                 call.instance.check()
-            except AiotimeError as error:  # nobody wants it any more
+                call.check_unchanged()
+            except AiotimeError as error:  # nobody wants it any more, or its input is another
                 self._refuse(call, error)
             else:
                 wanted.append(call)
@@ -320,18 +318,3 @@ class Station:
         if finished - hands.applied >= hands.lesson.frequency:  # else an earlier update has taken them in
             count, hands.applied = finished - hands.applied, finished  # also where the step raises: its sum is gone
             hands.update(count, list(self.kept))
-
-
-def sizes_mean(sizes: dict[int, int]) -> float:
-    """Calls per batch."""
-    batches = sum(sizes.values())
-    return sum(size * times for size, times in sizes.items()) / batches if batches else 0.0
-
-
-def merged_sizes(all_sizes: Sequence[dict[int, int]]) -> dict[int, int]:
-    """Of several replicas."""
-    found: dict[int, int] = {}
-    for sizes in all_sizes:
-        for size, times in sizes.items():
-            found[size] = found.get(size, 0) + times
-    return found

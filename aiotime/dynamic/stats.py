@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from aiotime.dynamic.hands import Counts
 from aiotime.observe.meter import quantile
 from aiotime.observe.tables import count, duration, share, text_table
 
@@ -141,7 +142,7 @@ class NetworkStats:
             for each in self.stages
         ]
         lines = [head, text_table(_COLUMNS, rows)]
-        learned = [each for each in self.stages if each.gradients]
+        learned = [each for each in self.stages if each.gradients or each.unused]
         if learned:
             lines.append(
                 text_table(
@@ -192,8 +193,7 @@ def _station(floor: Floor, station: Station, elapsed: float) -> StationStats:
     forward = [recorder for work in (station.infer, station.learn) for recorder in work.recorders]
     everything = [recorder for work in station.works for recorder in work.recorders]
     service = [seconds for recorder in forward for seconds in recorder.service.values()]
-    hands = station.hands
-    updater = None if hands is None else hands.updater
+    learned = Counts.of(station.hands).since(station.before)
     device = station.replica.device
     return StationStats(
         name=station.name,
@@ -207,10 +207,10 @@ def _station(floor: Floor, station: Station, elapsed: float) -> StationStats:
         waiting=len(station.inbox),
         waiting_peak=station.inbox.peak,
         blocked=station.inbox.blocked,
-        gradients=0 if hands is None else hands.learned,
-        updates=0 if updater is None else updater.updates,
-        skipped=0 if updater is None else updater.skipped,
-        delays=() if hands is None else tuple(sorted(hands.delays.items())),
+        gradients=learned.gradients,
+        updates=learned.updates,
+        skipped=learned.skipped,
+        delays=tuple(learned.delays.items()),
         back_sizes=tuple(sorted(station.back_sizes.items())),
         backward_p50=quantile([s for recorder in station.back.recorders for s in recorder.service.values()], 0.5),
         kept=len(station.kept),

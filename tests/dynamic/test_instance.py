@@ -175,7 +175,7 @@ FAILURES: dict[str, Any] = {
     "non_tensor": (non_tensor, InputError, "returned a float without any tensor"),
     "detached": (detached, InputError, "does not depend on any parameter"),
     "not_one_number": (not_one_number, InputError, "not one number"),
-    "nothing": (nothing, InputError, "returned NoneType, not one number"),
+    "nothing": (nothing, InputError, "forward returned a NoneType"),
     "unawaited": (unawaited, StageError, "calls of 'first' were still under way"),
     "unawaited_deep": (unawaited_deep, StageError, "calls of 'stage' were still under way"),
     "stranger": (stranger, StageError, "is no part of network"),

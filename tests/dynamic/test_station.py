@@ -13,7 +13,6 @@ from torch import nn
 
 from aiotime import SimulatedDevice, VirtualClock
 from aiotime.dynamic import Stage
-from aiotime.dynamic.station import merged_sizes, sizes_mean
 from aiotime.errors import StageError
 from tests.conftest import Settle
 from tests.dynamic.nets import Coded, check_empty, floor_of, linear, taught
@@ -86,10 +85,3 @@ async def test_errors_name_stage_and_instance() -> None:
         assert [error.frame for error in errors] == [0, 1, 2, 3]
         assert all(type(error) is StageError and error.stage == "low" for error in errors)
         check_empty(net)
-
-
-def test_sizes() -> None:
-    """Means and sums of histograms."""
-    assert sizes_mean({}) == 0.0
-    assert sizes_mean({1: 2, 4: 1}) == 2.0
-    assert merged_sizes([{1: 2}, {1: 1, 3: 1}]) == {1: 3, 3: 1}
