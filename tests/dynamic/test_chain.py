@@ -64,7 +64,7 @@ async def test_learns_as_the_model_would() -> None:
     for sample in samples:
         loss = functional.cross_entropy(plain(sample.input), sample.target)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.item())
     made = chain(model)
@@ -86,7 +86,7 @@ async def test_learns_as_the_model_would() -> None:
 
 @pytest.mark.asyncio
 async def test_bad_input() -> None:
-    with pytest.raises(ConfigurationError, match="made of a torch.nn.Module"):
+    with pytest.raises(ConfigurationError, match="made of a torch"):
         Chain(lambda x: x, example=torch.zeros(1, 8))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="shape"):
         [step async for step in chain(Residual()).run([torch.zeros(1, 7)])]
@@ -104,6 +104,7 @@ class Routed(Network):
         return await self.head(await self.trunk(x)) + await self.side(x)
 
 
+@pytest.mark.may_block
 @pytest.mark.asyncio
 async def test_a_pipeline_is_a_part_that_does_not_learn() -> None:
     torch.manual_seed(0)
