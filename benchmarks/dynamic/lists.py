@@ -192,7 +192,7 @@ def sizes(arguments: argparse.Namespace) -> contest.Sizes:
     """What is run."""
     if arguments.quick:
         return contest.Sizes(leg=100, legs=2, validation=50, seeds=1)
-    return contest.Sizes(leg=2_500, legs=30, validation=2_000, seeds=arguments.rounds or 2)
+    return contest.Sizes(leg=2_500, legs=40, validation=2_000, seeds=arguments.rounds or 2)
 
 
 def setup(arguments: argparse.Namespace) -> str:

@@ -78,7 +78,7 @@ class Curve:
     speeds: list[float | None] = field(default_factory=list)  # instances per second, per leg; None: it had arrived
     delay: float = 0.0  # updates that a gradient was late by, mean over the stage with the latest
     batch: float = 1.0  # calls per batch, of the stage with most calls
-    arrived: int | None = None  # instances until the target (perceptron: epochs)
+    arrived: int | None = None  # instances until the target
 
 
 class Mean:

@@ -134,9 +134,7 @@ class TreeNet(Network):
     async def joined(self, node: Node, left: Node, right: Node, states: dict[int, torch.Tensor]) -> torch.Tensor:
         """Both branches at the same time, then the node itself."""
         both = self.node(left, states), self.node(right, states)
-        if (
-            left.children is None or right.children is None
-        ):  # a leaf is under way since it was called: no task is needed
+        if left.children is None or right.children is None:  # a leaf is under way once called: no task is needed
             branches = [await both[0], await both[1]]
         else:
             branches = await asyncio.gather(*both)
@@ -210,7 +208,7 @@ class Trees:
 RATES = {contest.PLAIN: (5e-4, 1e-3, 2e-3), contest.NETWORK: (3e-3, 6e-3, 1e-2)}
 WAYS = (
     Way(contest.PLAIN, rate=1e-3),
-    Way(contest.NETWORK, rate=6e-3, keys=32, frequency=32, per="instance", max_batch=64),
+    Way(contest.NETWORK, rate=6e-3, keys=32, frequency=16, per="instance", max_batch=64),
 )
 ONE = Way(contest.ONE, rate=1e-3, keys=1, per="instance", max_batch=64, share=0.1)
 DEEPER = (6, 7, 8)

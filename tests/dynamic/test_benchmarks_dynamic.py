@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import math  # noqa: F401 - in the expressions' own words
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,6 +165,14 @@ def test_the_running_mean_begins_as_a_plain_mean(part: Any) -> None:
         weight.fill_(value)
         mean.add({"weight": weight})
     assert mean.state()["weight"].item() == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("curve", "expected"), [([0.5, 0.8, 0.9], 2.0), ([0.5, 0.7, 0.9], 2.5), ([0.9], 0.8 / 0.9), ([0.7], math.inf)]
+)
+def test_passes_are_counted_between_two_looks(part: Any, curve: list[float], expected: float) -> None:
+    """Straight lines from look to look, from nothing before the first."""
+    assert part("perceptron").passes(curve, 0.8) == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------------- toy runs
