@@ -172,6 +172,9 @@ async def test_a_stage_task_that_dies_breaks_the_pipeline(settle: Settle) -> Non
             async for _ in run:
                 pass
         await asyncio.wait([request])
+        assert request.exception() is None or isinstance(
+            request.exception(), BrokenError
+        )  # or it was answered just before
         with pytest.raises(BrokenError):
             await pipeline.submit(1)
         with pytest.raises(BrokenError):
