@@ -180,10 +180,10 @@ class Lists:
         return int(output[-1].argmax()) == int(target[-1])
 
 
-RATES = {contest.PLAIN: (5e-4, 1e-3, 2e-3), contest.NETWORK: (3e-3, 6e-3, 1e-2)}
+RATES = {contest.PLAIN: (5e-4, 1e-3, 2e-3), contest.NETWORK: (1.5e-3, 3e-3, 6e-3)}
 WAYS = (
     Way(contest.PLAIN, rate=1e-3),
-    Way(contest.NETWORK, rate=6e-3, keys=32, frequency=32, per="instance", max_batch=64),
+    Way(contest.NETWORK, rate=3e-3, keys=32, frequency=8, per="instance", max_batch=64),
 )
 ONE = Way(contest.ONE, rate=1e-3, keys=1, per="instance", max_batch=64, share=0.1)
 
