@@ -24,7 +24,7 @@ from aiotime.dynamic.average import Averaging
 from aiotime.dynamic.batch import Batch
 from aiotime.dynamic.call import Call
 from aiotime.dynamic.entry import Entry
-from aiotime.dynamic.instance import CURRENT, Instance
+from aiotime.dynamic.instance import CURRENT, Instance, Walk, walk
 from aiotime.dynamic.lane import Lane
 from aiotime.dynamic.path import Visit
 from aiotime.dynamic.stage import Stage
@@ -102,6 +102,7 @@ class Floor:
         self.routed = 0  # instances sent to a replica so far
         self.jobs = 0  # launched and not settled
         self._quiet: list[asyncio.Future[None]] = []
+        self._walks: list[Walk] = []  # from losses, in the next turn of the loop
         self._beating = False
         self._closing: asyncio.Task[None] | None = None
         self._open(stages)
@@ -216,6 +217,18 @@ class Floor:
             averaging = self.averaging.get(stage)
             if averaging is not None:
                 averaging.look()
+
+    def turn_soon(self, loss: Walk) -> None:
+        """Take the gradient of an instance's loss back, together with those of all whose forward ends in this turn."""
+        if not self._walks:
+            self.loop.call_soon(self._turn)
+        self._walks.append(loss)
+
+    def _turn(self) -> None:
+        walks, self._walks = self._walks, []
+        walk(walks)
+        for instance, _, _, _ in walks:
+            instance.turn()
 
     def _update_at(self, station: Station, instance: Instance) -> None:
         """Have a station update; the instance that made the update due waits for it."""

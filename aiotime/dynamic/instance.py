@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from aiotime.dynamic.path import Visit
     from aiotime.dynamic.stage import Stage
 
-Walk = tuple[Call, list[Any], list[torch.Tensor]]  # a call, edges of its inputs, their gradients
+# through an instance's own graph: whose, from where (tensors, edges), the gradients there, calls to whose leaves
+Walk = tuple["Instance", list[Any], list[torch.Tensor], tuple[Call, ...]]
 
 CURRENT: ContextVar[Instance | None] = ContextVar("aiotime.dynamic.instance", default=None)
 
@@ -171,8 +172,12 @@ class Instance:
         seed = torch.full_like(loss, scale)
         if id(loss) in self.leaves:
             gather(loss, seed)
+            self.turn()
         else:
-            spread([loss], [seed], roots)  # may raise: nothing has gathered then
+            self.floor.turn_soon((self, [loss], [seed], tuple(roots)))
+
+    def turn(self) -> None:
+        """The gradient of the loss has come to the leaves that it is made of."""
         self.back = True
         give([call for call in self.calls if call.waits == 0])
 
@@ -312,9 +317,9 @@ def returned(batch: Batch, rows: Sequence[int], grads: Grads | None) -> list[Cal
                 elif id(tensor) in leaves:
                     gather(tensor, part[row])
             if local:
-                walks.append((call, local, outer))
+                walks.append((call.instance, local, outer, call.parents))
         if walks:
-            _walk(walks)
+            walk(walks)
     ready: list[Call] = []
     for row, call in zip(rows, calls, strict=True):
         batch.grads[row] = None
@@ -322,20 +327,20 @@ def returned(batch: Batch, rows: Sequence[int], grads: Grads | None) -> list[Cal
     return ready
 
 
-def _walk(walks: list[Walk]) -> None:
-    """Through the graphs of all rows at once; where code of one instance raises, only that instance fails."""
+def walk(walks: Sequence[Walk]) -> None:
+    """Through the graphs of all of them at once; where code of one instance raises, only that instance fails."""
     try:
         spread(
-            [edge for _, local, _ in walks for edge in local],
-            [grad for _, _, outer in walks for grad in outer],
-            [parent for call, _, _ in walks for parent in call.parents],
+            [root for _, roots, _, _ in walks for root in roots],
+            [grad for _, _, grads, _ in walks for grad in grads],
+            [call for _, _, _, makers in walks for call in makers],
         )
     except Exception as error:  # noqa: BLE001 - user code; raised by its instance
         if len(walks) > 1:
-            for walk in walks:
-                _walk([walk])
-        elif walks[0][0].instance.error is None:
-            walks[0][0].instance.error = error
+            for one in walks:
+                walk([one])
+        elif walks[0][0].error is None:
+            walks[0][0].error = error
 
 
 def _free(call: Call) -> list[Call]:
