@@ -512,29 +512,14 @@ class Pipeline:
             raise
         if deadline is None and type(frame) is Sample:
             deadline = frame.deadline
-        timer: asyncio.TimerHandle | None = None
-        if deadline is not None:
-            check_deadline(deadline)
-            request.frame.deadline = request.frame.arrived + deadline
-            if self._real_time:
-                timer = engine.loop.call_later(deadline, request.expire)
-        engine.counts["in"] += 1
-        engine.door.admit("submit", request)
+        check_deadline(deadline)
         try:
-            prediction = await request.future
-            request.handed_over()
-            return prediction
-        except asyncio.CancelledError:
-            request.cancel()
-            raise
+            return await request.answer(deadline, real_time=self._real_time)
         except FrameError as error:
             policy = self.on_error.get(error.stage) if error.stage else None
             if callable(policy):
                 await call_dead_letter(policy, request.frame, error)
             raise
-        finally:
-            if timer is not None:
-                timer.cancel()
 
     async def __call__(self, frame: Any) -> Any:
         """As a part of an `aiotime.dynamic.Network`: the output for one frame; no gradient passes through it."""

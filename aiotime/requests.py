@@ -69,6 +69,32 @@ class Request:
 
     # called by whoever submitted
 
+    async def answer(self, deadline: float | None, *, real_time: bool) -> Prediction:
+        """Bring it to the door and wait. Cancelled: work that is still queued is taken out of the queue.
+
+        Args:
+            deadline: seconds after its arrival, checked; None: none.
+            real_time: the engine's clock is not a virtual one.
+        """
+        engine = self.engine
+        timer: asyncio.TimerHandle | None = None
+        if deadline is not None:
+            self.frame.deadline = self.frame.arrived + deadline
+            if real_time:
+                timer = engine.loop.call_later(deadline, self.expire)
+        engine.counts["in"] += 1
+        engine.door.admit("submit", self)
+        try:
+            prediction = await self.future
+            self.handed_over()
+            return prediction
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
     def expire(self) -> None:
         """The deadline has passed: answer now; work still queued is passed over."""
         if not self.future.done():

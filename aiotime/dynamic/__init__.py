@@ -1,13 +1,14 @@
 """Networks whose path depends on the instance: every instance is a coroutine (AMPNet, Gaunt et al. 2017).
 
-user's side                                   what runs it
+the user's side                               what runs it
 network.py   Network: run, learn, submit      house.py     open and closed, weights
-stage.py     Stage: await stage(x)            floor.py     an open network: instances, jobs, the end
-lesson.py    how it learns                    session.py   one run at the door;  entry.py  one frame
-step.py      what comes out                   station.py   a stage on its device;  hands.py  its learning half
-path.py      one instance's way               lane.py      what a device stream does next;  inbox.py  what waits
-stats.py     counters as tables               batch.py     calls that run as one;  call.py  one call
-eager.py     plain PyTorch, to compare        instance.py  one sample's way, and the way back
+stage.py     Stage: await stage(x)            floor.py     an open network: lessons, jobs, the end
+chain.py     a linear model as a part         session.py   one run at the door;  entry.py  one frame
+lesson.py    how it learns                    journey.py   one instance's coroutine, to its outcome
+step.py      what comes out                   instance.py  one sample's calls, and the way back
+path.py      one instance's way; drawing.py   station.py   a stage on its device;  hands.py  its learning half
+stats.py     counters as tables               lane.py      what a device stream does next;  inbox.py  what waits
+eager.py     plain PyTorch, to compare        batch.py     calls that run as one;  call.py  one call
                                               average.py   replicas become their mean
 """
 

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils import _pytree as pytree
 
-from aiotime.devices.base import Clock, Completions, Pending, Work, stage_failed
+from aiotime.devices.base import Clock, Completions, Pending, Work
 from aiotime.devices.worker import WorkerStream
 from aiotime.dynamic.average import Averaging
 from aiotime.dynamic.batch import Batch
 from aiotime.dynamic.call import Call
 from aiotime.dynamic.entry import Entry
-from aiotime.dynamic.instance import CURRENT, Instance, Walk, walk
+from aiotime.dynamic.instance import Instance, Walk, walk
+from aiotime.dynamic.journey import live
 from aiotime.dynamic.lane import Lane
 from aiotime.dynamic.path import Visit
 from aiotime.dynamic.stage import Stage
@@ -34,12 +33,8 @@ from aiotime.errors import (
     BusyError,
     ClosedError,
     ConfigurationError,
-    FrameCancelled,
-    FrameError,
-    InputError,
-    StageError,
 )
-from aiotime.frame import LATER, NOBODY, Frame
+from aiotime.frame import NOBODY, Frame
 from aiotime.ingest.entrance import Guest
 from aiotime.learning.enrolment import check_shared, warn_of_batch_norm
 from aiotime.learning.learner import Site, nothing_to_learn
@@ -150,73 +145,8 @@ class Floor:
             lesson = None  # predict only
         entry.instance = Instance(self, entry, lesson, recorded=session.recorded)
         entry.task = self.loop.create_task(
-            self._live(entry, entry.instance), name=f"instance:{self.name}:{entry.index}"
+            live(self, entry, entry.instance), name=f"instance:{self.name}:{entry.index}"
         )
-
-    async def _live(self, entry: Entry, instance: Instance) -> None:
-        error: BaseException | None = None
-        entry.begun = True
-        try:
-            await self._pass(entry, instance)
-        except BaseException as cause:
-            error = self._as_failure(entry, cause)
-            instance.abandon()
-            await self._until_over(instance)
-            if isinstance(cause, KeyboardInterrupt | SystemExit):
-                raise
-        finally:
-            instance.forget()
-            self.entries.discard(entry)
-            entry.session.settle(entry, error)
-
-    async def _pass(self, entry: Entry, instance: Instance) -> None:
-        tail, lesson = entry.tail, instance.lesson
-        assert tail is not None
-        payload, tail.value = tail.value, None
-        if entry.target is LATER:
-            raise InputError(
-                f"instance {entry.index} was refused: a network takes no late targets; hand in the sample when its "
-                "target is known",
-                frame=entry.index,
-                key=entry.key,
-            )
-        if self.predecessor is not None:  # its last jobs may still use the modules
-            await self.predecessor.close()
-            self.predecessor = None
-        if entry.session.ready is not None:
-            await asyncio.shield(entry.session.ready)  # others wait for it, too
-        instance.check()
-        CURRENT.set(instance)
-        output = await self.network.forward(payload)
-        del payload
-        unfinished = instance.unfinished()
-        if unfinished is not None:
-            raise unfinished
-        if lesson is None:
-            entry.value = output
-            return
-        instance.closed = True
-        with lesson.autocast(torch.device("cpu")):
-            loss = lesson.loss_value(output, entry.target, frame=entry.index, key=entry.key)
-        entry.loss = float(loss.detach())
-        entry.value = _cut_off(output)
-        del output
-        if lesson.unused != "ignore":
-            self._check_used(entry, instance, loss)
-        instance.retrace(loss, lesson.loss_scale())
-        del loss
-        await self._until_over(instance)
-        if lesson.per_instance:  # also where it failed on the way back: what it sent until then is in the sums
-            for station in instance.touched:
-                if station.instance_done():
-                    self._update_at(station, instance)
-            await self._until_over(instance)
-        if instance.error is not None:
-            raise instance.error
-        for stage in dict.fromkeys(station.stage for station in instance.touched):
-            averaging = self.averaging.get(stage)
-            if averaging is not None:
-                averaging.look()
 
     def turn_soon(self, loss: Walk) -> None:
         """Take the gradient of an instance's loss back, together with those of all whose forward ends in this turn."""
@@ -229,69 +159,6 @@ class Floor:
         walk(walks)
         for instance, _, _, _ in walks:
             instance.turn()
-
-    def _update_at(self, station: Station, instance: Instance) -> None:
-        """Have a station update; the instance that made the update due waits for it."""
-
-        def then(_: Any, __: Any, error: BaseException | None) -> None:
-            if error is not None and instance.error is None:
-                instance.error = stage_failed(station.back, instance.entry, error.__cause__ or error)
-            instance.settled()
-
-        instance.settling += 1
-        self._act(station, station.update, then)
-
-    def _check_used(self, entry: Entry, instance: Instance, loss: torch.Tensor) -> None:
-        assert instance.lesson is not None
-        roots: dict[Call, None] = {}
-        instance.makers(loss, roots, "the loss")
-        for call in roots:
-            call.used = True
-        for stage in sorted(instance.unused()):
-            said = self.unused.get(stage, 0)
-            self.unused[stage] = said + 1
-            what = (
-                f"instance {entry.index} called stage {stage!r} and used its result neither for another call nor for "
-                "the loss, so nothing is learned from that call"
-            )
-            if instance.lesson.unused == "raise":
-                raise StageError(what, stage=stage, frame=entry.index, key=entry.key)
-            if not said:
-                log.warning("dynamic.unused", network=self.name, stage=stage, instance=entry.index)
-                warnings.warn(f'{what}. Said once; unused="raise" or "ignore" of learn', stacklevel=2)
-
-    @staticmethod
-    async def _until_over(instance: Instance) -> None:
-        """Its calls must end whatever happens to this task: other instances' rows are in the same batches."""
-        while instance.calls or instance.settling:
-            try:
-                await instance.all_over()
-            except asyncio.CancelledError:
-                pass
-
-    def _as_failure(self, entry: Entry, cause: BaseException) -> BaseException:
-        """What the run is told of an exception in an instance."""
-        index, key = entry.index, entry.key
-        if isinstance(cause, BaseExceptionGroup):  # of a TaskGroup in forward: what went wrong first, not that it did
-            cause = _first(cause.subgroup(FrameError) or cause)
-        if self.error is not None and isinstance(cause, FrameCancelled | asyncio.CancelledError):
-            return self.error  # that is why it was cancelled
-        if isinstance(cause, FrameError):
-            cause.frame, cause.key = index, key
-            return cause
-        if isinstance(cause, AiotimeError) and not isinstance(cause, ConfigurationError):
-            return cause
-        if isinstance(cause, asyncio.CancelledError) and entry.cancelled:
-            return FrameCancelled(f"instance {index} was cancelled", frame=index, key=key)
-        said = f"the network failed at instance {index}: {type(cause).__name__}: {cause}"
-        if isinstance(cause, RuntimeError) and "inplace" in str(cause).lower().replace("-", ""):
-            said += (
-                " (what a stage returns shares its memory with other instances of the batch and cannot be changed in "
-                "place: write h = h + 1, masked_fill, torch.where)"
-            )
-        error = StageError(said, frame=index, key=key)
-        error.__cause__ = cause
-        return error
 
     def call(self, instance: Instance, stage: Stage, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One ``stage(x)`` of an instance: the future of its result."""
@@ -382,7 +249,7 @@ class Floor:
                 else:
                     future.set_exception(error.__cause__ or error)
 
-            self._act(station, action, then)
+            self.act(station, action, then)
         await asyncio.gather(*futures)
 
     # ------------------------------------------------------------------ jobs
@@ -394,7 +261,7 @@ class Floor:
         station.lane.stream.launch(work, job, last=True)
         station.lane.stream.ring()
 
-    def _act(self, station: Station, action: Callable[[], None], then: Settled | None = None) -> None:
+    def act(self, station: Station, action: Callable[[], None], then: Settled | None = None) -> None:
         """Run ``action`` on the station's device stream, behind what was launched there."""
         job = Job(None, station.lane, then or _nothing, -1, None, self.now())
         self.jobs += 1
@@ -547,13 +414,6 @@ class Floor:
         log.info("network.closed", network=self.name, **self.counts)
 
 
-def _first(error: BaseException) -> BaseException:
-    """Of the errors in a group."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
 def _nothing(batch: Batch, value: Any, error: BaseException | None) -> None:
     """Nobody waits for an action."""
 
@@ -566,9 +426,3 @@ def _with_grad(action: Callable[[], None]) -> Callable[[], None]:
             action()
 
     return act
-
-
-def _cut_off(output: Any) -> Any:
-    if isinstance(output, torch.Tensor):
-        return output.detach()
-    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, output)

@@ -118,8 +118,7 @@ class Hands:
             return
         grads, _ = updater.take()
         updater.put(grads, count)
-        working = self.weights.working
-        keep = self.lesson.stash and any(batch.weights and batch.weights[0] is working[0] for batch in held)
+        keep = self._keeps(held)
         moves = self.corrected.wants_moves
         before = [p.data if keep else p.data.clone() for p in self.weights.masters] if moves else []
         try:
@@ -130,6 +129,11 @@ class Hands:
             with torch.no_grad():
                 self.corrected.updated([p.data - was for p, was in zip(self.weights.masters, before, strict=True)])
 
+    def _keeps(self, held: Sequence[Batch]) -> bool:
+        """Whether a graph among ``held`` is to see the weights that are about to be replaced."""
+        working = self.weights.working
+        return self.lesson.stash and any(batch.weights and batch.weights[0] is working[0] for batch in held)
+
     def blend(self, mean: Sequence[torch.Tensor], since: Sequence[torch.Tensor], held: Sequence[Batch]) -> None:
         """Move by what the mean of all replicas differs from ``since``, our own part of it; later updates stay."""
 
@@ -139,8 +143,7 @@ class Hands:
                     target = average.to(master.device)  # to the bit, where nothing came in between
                     master.copy_(torch.where(master == own, target, master + (target - own)))
 
-        working = self.weights.working
-        keep = self.lesson.stash and any(batch.weights and batch.weights[0] is working[0] for batch in held)
+        keep = self._keeps(held)
         version = self.weights.version
         self.weights.update(move, keep_old=keep)
         self.weights.version = version  # no update: no gradient is late for it

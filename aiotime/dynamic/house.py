@@ -251,29 +251,13 @@ class House:
             raise ClosedError(f"network {self.name!r} is draining and takes no new requests")
         if self._requests is None or self._requests.floor is not floor:
             self._requests = Session(floor, keys=REQUESTS, lesson=None, recorded=False)
-        session = self._requests
-        request = Request(session, sample, None)
+        request = Request(self._requests, sample, None)
         if deadline is None and type(sample) is Sample:
             deadline = sample.deadline
-        timer: asyncio.TimerHandle | None = None
-        if deadline is not None:
-            check_deadline(deadline)
-            request.frame.deadline = request.frame.arrived + deadline
-            if isinstance(self._clock, RealClock):
-                timer = floor.loop.call_later(deadline, request.expire)
-        floor.counts["in"] += 1
-        session.door.admit("submit", request)
-        try:
-            prediction = await request.future
-            request.handed_over()
-            assert isinstance(prediction, Step)
-            return prediction
-        except asyncio.CancelledError:
-            request.cancel()
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
+        check_deadline(deadline)
+        prediction = await request.answer(deadline, real_time=isinstance(self._clock, RealClock))
+        assert isinstance(prediction, Step)
+        return prediction
 
     # ------------------------------------------------------------------ weights
 

@@ -165,16 +165,22 @@ class Instance:
 
     # ------------------------------------------------------------------ back
 
-    def retrace(self, loss: torch.Tensor, scale: float) -> None:
-        """Send the gradient of ``loss`` on its way; `returned` once every call has had its own."""
-        roots: dict[Call, None] = {}
-        self.makers(loss, roots, "the loss")
+    def roots(self, loss: torch.Tensor) -> tuple[Call, ...]:
+        """The calls whose leaves ``loss`` is made of; they are used."""
+        found: dict[Call, None] = {}
+        self.makers(loss, found, "the loss")
+        for call in found:
+            call.used = True
+        return tuple(found)
+
+    def retrace(self, loss: torch.Tensor, roots: tuple[Call, ...], scale: float) -> None:
+        """Send the gradient of ``loss`` on its way to its `roots`, and from there on."""
         seed = torch.full_like(loss, scale)
         if id(loss) in self.leaves:
             gather(loss, seed)
             self.turn()
         else:
-            self.floor.turn_soon((self, [loss], [seed], tuple(roots)))
+            self.floor.turn_soon((self, [loss], [seed], roots))
 
     def turn(self) -> None:
         """The gradient of the loss has come to the leaves that it is made of."""

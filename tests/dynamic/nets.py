@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
@@ -284,21 +284,3 @@ def double_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def play(scenario: Coroutine[Any, Any, None], seconds: float = 20.0) -> None:
-    """Run ``scenario`` on a loop of its own: it must end in time, leave no task, and no error nobody handled."""
-    errors: list[dict[str, Any]] = []
-
-    async def watched() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
-        await asyncio.wait_for(scenario, seconds)
-        for _ in range(100):
-            left = asyncio.all_tasks() - {asyncio.current_task()}
-            if not left:
-                break
-            await asyncio.sleep(0)
-        assert not left, left
-
-    asyncio.run(watched())
-    assert not errors, errors

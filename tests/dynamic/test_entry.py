@@ -25,7 +25,7 @@ async def test_only_a_task_that_has_begun_is_cancelled() -> None:
     async def live(mine: Entry) -> None:
         mine.begun = True
         began.append(mine.cancelled)
-        await asyncio.sleep(3600)
+        await asyncio.Event().wait()
 
     early, late = entry(), entry()
     early.task = asyncio.create_task(live(early))

@@ -113,7 +113,7 @@ async def test_a_callback_that_raises_wakes_who_waits(loop_errors: list[dict[str
         def wrong(*_: Any) -> None:
             raise AssertionError("wrong")
 
-        floor._act(station, lambda: None, wrong)
+        floor.act(station, lambda: None, wrong)
         await asyncio.wait_for(floor._no_jobs(), 20)
         assert not floor.jobs
         await net.submit(torch.ones(3))

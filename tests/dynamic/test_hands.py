@@ -39,11 +39,11 @@ from tests.dynamic.nets import (
     double_precision,
     floor_of,
     linear,
-    play,
     put,
     taught,
     trees,
 )
+from tests.scenarios import play
 
 RATE = 0.1
 

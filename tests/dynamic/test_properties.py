@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import types
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +18,8 @@ from aiotime import Pipeline, SimulatedDevice, VirtualClock
 from aiotime import Stage as LinearStage
 from aiotime.dynamic import Network, Stage
 from aiotime.errors import AiotimeError, StageError
-from tests.dynamic.nets import SGD, Coded, check_empty, close, double_precision, gathered, linear, play, taught
+from tests.dynamic.nets import SGD, Coded, check_empty, close, double_precision, gathered, linear, taught
+from tests.scenarios import for_every_k, play
 
 WIDTH = 3
 
@@ -299,57 +299,6 @@ def test_random_ends(
 
 
 # ---------------------------------------------------------------------- cancelled at every await
-
-MOST = 500  # suspensions of a scenario
-
-
-class Interrupted:
-    """Awaits ``coroutine`` and cancels the task it runs in at its ``k``-th suspension; late: when a result has come."""
-
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], k: int, *, late: bool) -> None:
-        self.coroutine, self.k, self.late = coroutine, k, late
-
-    @types.coroutine
-    def run(self) -> Generator[Any, Any, Any]:
-        task = asyncio.current_task()
-        assert task is not None
-        suspensions = 0
-        error: BaseException | None = None
-        while True:
-            try:
-                future = self.coroutine.send(None) if error is None else self.coroutine.throw(error)
-            except StopIteration as end:
-                return end.value
-            suspensions += 1
-            if suspensions == self.k:
-                if not self.late:
-                    task.cancel()
-                elif future is None:
-                    asyncio.get_running_loop().call_soon(task.cancel)
-                else:
-                    future.add_done_callback(lambda _: task.cancel())
-            try:
-                yield future
-                error = None
-            except BaseException as thrown:
-                error = thrown
-
-
-async def for_every_k(scenario: Callable[[], Coroutine[Any, Any, None]], *, late: bool) -> int:
-    """Run the scenario cancelled at every suspension; returns how many there were."""
-
-    async def one(k: int) -> None:
-        await Interrupted(scenario(), k, late=late).run()
-
-    for k in range(1, MOST):
-        task = asyncio.ensure_future(one(k))
-        await asyncio.wait([task], timeout=20)
-        assert task.done(), f"hung after a cancellation at suspension {k}"
-        if not task.cancelled():
-            task.result()
-            return k
-    raise AssertionError(f"more than {MOST} suspensions")
-
 
 both = pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
 kinds = pytest.mark.parametrize("kind", ["simulated", "cpu", "inline"])

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from aiotime.devices import SimulatedDevice, VirtualClock
 from aiotime.dynamic import Network, Stage
 from aiotime.errors import ConfigurationError, InputError, StageError
 from aiotime.frame import Sample
@@ -157,17 +158,19 @@ async def test_errors_inside_a_task_group_are_those_of_the_stage() -> None:
         [step async for step in Coded(code, a=linear(), b=Stage(refuses, device="inline")).run([torch.ones(3)])]
     assert caught.value.stage == "b"
 
+    clock = VirtualClock()
+
     async def slow(net: Any, x: torch.Tensor) -> Any:
         async def one() -> Any:
-            await asyncio.sleep(0.02)
-            result: torch.Tensor = await net.a(x)
-            return result
+            await clock.sleep(0.02)
+            return await net.a(x)
 
         async with asyncio.TaskGroup() as group:
             task = group.create_task(one())
         return task.result()
 
-    assert [step async for step in Coded(slow, a=linear()).run([torch.ones(3)], deadline=0.01)] == []
+    late = Coded(slow, a=Stage(nn.Linear(3, 3), device=SimulatedDevice(0, seconds=0.001, clock=clock)))
+    assert [step async for step in late.run([torch.ones(3)], deadline=0.01)] == []
 
 
 @pytest.mark.asyncio

@@ -7,9 +7,8 @@ once with the future it waits for cancelled at once, and once with the cancellat
 from __future__ import annotations
 
 import asyncio
-import types
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,59 +16,10 @@ import torch
 
 from aiotime import Pipeline, Sample, SimulatedDevice, Stage, VirtualClock
 from aiotime.errors import StageError
+from tests.scenarios import for_every_k
 
 if TYPE_CHECKING:
     from tests.conftest import Settle
-
-MOST = 400  # suspensions of a scenario
-
-
-class Interrupted:
-    """Awaits ``coroutine`` and cancels the task it runs in at its ``k``-th suspension."""
-
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], k: int, *, late: bool) -> None:
-        self.coroutine, self.k, self.late = coroutine, k, late
-
-    @types.coroutine
-    def run(self) -> Generator[Any, Any, Any]:
-        task = asyncio.current_task()
-        assert task is not None
-        suspensions = 0
-        error: BaseException | None = None
-        while True:
-            try:
-                future = self.coroutine.send(None) if error is None else self.coroutine.throw(error)
-            except StopIteration as end:
-                return end.value
-            suspensions += 1
-            if suspensions == self.k:
-                if not self.late:
-                    task.cancel()
-                elif future is None:
-                    asyncio.get_running_loop().call_soon(task.cancel)
-                else:  # before the task is woken with the result
-                    future.add_done_callback(lambda _: task.cancel())
-            try:
-                yield future
-                error = None
-            except BaseException as thrown:  # handed to the coroutine
-                error = thrown
-
-
-async def for_every_k(scenario: Callable[[], Coroutine[Any, Any, None]], *, late: bool) -> int:
-    """Run the scenario cancelled at every suspension; returns how many there were."""
-    for k in range(1, MOST):
-        task = asyncio.ensure_future(_coroutine(Interrupted(scenario(), k, late=late)))
-        await asyncio.wait([task], timeout=20)
-        assert task.done(), f"hung after a cancellation at suspension {k}"
-        if not task.cancelled():
-            task.result()
-            return k
-    raise AssertionError(f"more than {MOST} suspensions")
-
-
-async def _coroutine(interrupted: Interrupted) -> Any:
-    return await interrupted.run()
 
 
 class Weight(torch.nn.Module):
