@@ -75,6 +75,8 @@ class Keeper:
         finally:
             if (hands := self._specs[stage].hands) is not None:
                 hands.adopt()
+            if (program := self._specs[stage].program) is not None:
+                program.refresh()
 
     def read(self, stage: int) -> StagePart:
         """Copies of what one stage holds, on the host."""

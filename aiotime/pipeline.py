@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import warnings
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -15,9 +16,11 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
+from torch.utils._pytree import tree_map
 
 from aiotime.channel import Overflow
 from aiotime.checkpoint import Checkpoint
+from aiotime.compiling import Program, check_way, compile_module
 from aiotime.devices import Device, default_devices, resolve, resolve_all
 from aiotime.devices.base import Clock, RealClock
 from aiotime.devices.cpu import CpuDevice
@@ -43,11 +46,12 @@ from aiotime.observe.meter import quantile
 from aiotime.observe.stats import Stats, stage_stats
 from aiotime.observe.trace import Trace
 from aiotime.planning import Plan, make_plan, trace
+from aiotime.planning.compilation import compile_pieces
 from aiotime.planning.trace import Piece
 from aiotime.planning.twin import twin
 from aiotime.requests import Request
 from aiotime.runs import Run, RunOptions, RunState, call_dead_letter, check_deadline
-from aiotime.stage import OnError, Retry, Stage, StageSpec, spread, unique_names, with_retries
+from aiotime.stage import OnError, Retry, Spread, Stage, StageSpec, spread, unique_names, with_retries
 from aiotime.standstill import Standstill
 from aiotime.weights import Swap
 
@@ -77,6 +81,11 @@ class Pipeline:
         warm_up: frames (copies of the example) sent through before the first real one at each opening.
         learner: a rule of `aiotime.learning`: the pipeline then learns from every `Sample` that has a target. The
             model keeps the mode (training or eval) it is in and is copied: read what was learned with `state_dict`.
+        compile: None runs the stages' layers eagerly. ``"aot"`` compiles each stage ahead of time into native code
+            that runs without Python's lock (AOTInductor; kept on disk in AIOTIME_CACHE, by default the user's
+            cache folder); ``"inductor"`` by torch.compile, the only way for stages that learn; ``"cudagraph"``
+            captures it as a CUDA graph; ``"auto"`` measures and takes the fastest, eager among them. What cannot
+            be compiled runs eagerly, with a warning that says why. The first time takes up to a minute a stage.
         name: for task names, logs and statistics.
 
     Raises:
@@ -107,8 +116,10 @@ class Pipeline:
         check_finite: bool = False,
         warm_up: int = 0,
         learner: Rule | None = None,
+        compile: str | None = None,
         name: str | None = None,
     ) -> None:
+        check_way(compile, learning=learner is not None)
         if not isinstance(model, torch.nn.Module):
             raise ConfigurationError(
                 f"a Pipeline is made of a torch.nn.Module, not of a {type(model).__name__}; "
@@ -122,11 +133,15 @@ class Pipeline:
         traced = trace(model, self._example, dynamic=dynamic)
         if plan is None:
             found = default_devices() if devices is None else resolve_all(devices)
-            plan = make_plan(traced, self._example, found, balance=balance, learner=learner)
+            plan = make_plan(traced, self._example, found, balance=balance, learner=learner, way=compile)
+            if compile not in (None, "auto") and any(stage.compiled is None for stage in plan.stages):
+                warnings.warn(f"pipeline {self.name!r} does not run compiled everywhere. {plan.advice}", stacklevel=2)
         else:
             plan.check(traced.layers)
             if not (isinstance(balance, str) and balance == "measured"):
                 raise ConfigurationError("hand in a plan or a balance, not both: the plan says how to cut")
+            if compile is not None:
+                raise ConfigurationError("hand in a plan or compile, not both: the plan says how stages are compiled")
             found = resolve_all([s.device for s in plan.stages] if devices is None else devices)
             absent = {s.device for s in plan.stages} - {device.name for device in found} - {"inline"}
             if absent:
@@ -140,6 +155,18 @@ class Pipeline:
         for piece, planned, device in zip(self._pieces, plan.stages, plan.place(found), strict=True):
             device.place(piece.module)
             specs.append(StageSpec(planned.name, piece, device))
+        outcomes = compile_pieces(
+            self._pieces,
+            [spec.device for spec in specs],
+            self._example,
+            [stage.compiled for stage in plan.stages],
+            dynamic=dynamic,
+            learning=learner is not None,
+        )
+        for spec, outcome in zip(specs, outcomes, strict=True):
+            if outcome.program is not None:
+                spec.fn = spec.program = outcome.program
+            _warn_of(spec.name, outcome.problems)
         if check_finite:
             specs[0].fn = require_finite(specs[0].fn)
             specs[0].remake = require_finite
@@ -200,7 +227,7 @@ class Pipeline:
         specs = []
         for stage, unique in zip(made, names, strict=True):
             device = next(free) if stage.device is None else resolve(stage.device)
-            fn, remake = stage.fn, None
+            fn, remake, program = stage.fn, None, None
             if isinstance(fn, torch.nn.Module):
                 if learner is None:
                     fn.eval()
@@ -208,13 +235,18 @@ class Pipeline:
                     fn = twin(fn, {})  # learning replaces parameters; the user's module keeps its own
                 device.place(fn)
                 pipeline._modules[unique] = fn
-                fn = spread(fn)
+                module, fn = fn, spread(fn)
                 remake = partial(_spread_again, policy=stage.on_error, stage=unique, device=device)
+                if stage.compile is not None:
+                    check_way(stage.compile, learning=learner is not None)
+                    program = _program(stage, module, unique, device, learning=learner is not None)
+                    fn = fn if program is None else program
             policy = stage.on_error
             if isinstance(policy, Retry):
                 fn = with_retries(fn, policy, unique, device)
                 policy = policy.then
             specs.append(StageSpec(unique, fn, device, stage.workers, policy, stage.timeout, remake=remake))
+            specs[-1].program = program
         pipeline._teach(learner, specs)
         pipeline._finish(specs, None)
         return pipeline
@@ -815,6 +847,28 @@ def _torch_device(device: Device, root: torch.nn.Module | None) -> torch.device:
     if tensor is not None:
         return tensor.device
     return torch.device("cpu" if device.on_host else device.name)
+
+
+def _program(stage: Stage, module: torch.nn.Module, name: str, device: Device, *, learning: bool) -> Program | None:
+    """What the stage's module is compiled to; None: it runs eagerly."""
+    assert stage.compile is not None
+    place = _torch_device(device, module)
+    outcome = compile_module(
+        Spread(module),
+        [tree_map(lambda leaf: leaf.to(place) if isinstance(leaf, torch.Tensor) else leaf, stage.example)],
+        way=stage.compile,
+        device=device,
+        place=place,
+        models=stage.workers,
+        learning=learning,
+    )
+    _warn_of(name, outcome.problems if stage.compile != "auto" else {})
+    return outcome.program
+
+
+def _warn_of(stage: str, problems: Mapping[str, str]) -> None:
+    for way, reason in problems.items():
+        warnings.warn(f"stage {stage!r} runs eagerly: compile={way!r}: {reason}", stacklevel=3)
 
 
 def _spread_again(

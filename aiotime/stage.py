@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from aiotime.channel import Channel
+from aiotime.compiling import check_way
 from aiotime.devices.base import Device, DeviceStream, Pending, Work
 from aiotime.errors import ConfigurationError, FrameError
 from aiotime.frame import Frame
 
 if TYPE_CHECKING:
+    from aiotime.compiling import Program
     from aiotime.learning.chimera import Fork, Replica
     from aiotime.learning.desk import Desk, Hands
     from aiotime.learning.order import Order
@@ -81,6 +83,8 @@ class Stage:
         on_error: ``"raise"``, ``"skip"``, a callable ``(frame, error)``, or `retry`; None: what the run says.
         timeout: seconds after which a frame fails with `StageTimeout`. Python cannot end a running
             function: its thread is left to itself and replaced.
+        compile: how to compile a module, see `aiotime.Pipeline`; frames that are not like ``example`` run eagerly.
+        example: what ``compile`` compiles for: a value as this stage gets it.
 
     Example:
         >>> aiotime.Stage(str.upper, device="cpu:0", workers=2, on_error=aiotime.retry(3, backoff=0.01))
@@ -96,6 +100,8 @@ class Stage:
         workers: int = 1,
         on_error: OnError | Retry | None = None,
         timeout: float | None = None,
+        compile: str | None = None,
+        example: Any = None,
     ) -> None:
         if not callable(fn):
             raise ConfigurationError(f"a stage is made of a function or module, not of a {type(fn).__name__}")
@@ -111,7 +117,15 @@ class Stage:
             raise ConfigurationError(f"stage {_name_of(fn)!r}: timeout must be positive seconds, not {timeout}")
         if not isinstance(on_error, Retry):
             check_on_error(on_error)
+        check_way(compile)
+        if compile is not None and (example is None or not isinstance(fn, torch.nn.Module)):
+            raise ConfigurationError(
+                f"stage {_name_of(fn)!r}: compile={compile!r} needs a torch.nn.Module and example=..., a value as this "
+                "stage gets it"
+            )
         self.fn = fn
+        self.compile = compile
+        self.example = example
         self.device = device
         self.name = name or _name_of(fn)
         self.workers = workers
@@ -136,6 +150,7 @@ class StageSpec:
     order: Order | None = None  # and in which order
     replica: Replica | None = None  # of the same stage, for the pipeline in the other direction
     remake: Callable[[Any], Callable[[Any], Any]] | None = None  # ``fn`` of a copy of its module
+    program: Program | None = None  # what its module was compiled to
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
@@ -164,6 +179,20 @@ def spread(module: torch.nn.Module) -> Callable[[Any], Any]:
         return module(value)
 
     return call
+
+
+class Spread(torch.nn.Module):
+    """The same as a module: called with one value."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.train(module.training)
+        self._call = spread(module)
+
+    def forward(self, value: Any) -> Any:
+        """What ``module`` returns for ``value``."""
+        return self._call(value)
 
 
 def with_retries(fn: Callable[[Any], Any], policy: Retry, stage: str, device: Device) -> Callable[[Any], Any]:

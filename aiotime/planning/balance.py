@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from aiotime.compiling import Outcome
 from aiotime.devices import resolve
 from aiotime.devices.base import Device
 from aiotime.errors import ConfigurationError, PlanError
+from aiotime.planning.compilation import compile_pieces, described
 from aiotime.planning.footprint import Footprint
 from aiotime.planning.pace import Phases, added, one_by_one, period
 from aiotime.planning.partition import Partition, Problem, Transfer, frontier
@@ -45,6 +47,7 @@ class Division:
     phases: tuple[Phases, ...] | None = None  # of each stage, where the model learns
     layer_phases: tuple[Phases, ...] | None = None
     period: float | None = None  # seconds between two frames, where the rule's order has a say in it
+    ways: tuple[str | None, ...] | None = None  # how each stage is compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class _Candidate:
     seconds: tuple[float, ...]  # per stage, without transfers
     transfers: tuple[float, ...]
     footprint: Footprint | None
+    outcomes: tuple[Outcome, ...] = ()  # how its stages are compiled
 
     @property
     def bottleneck(self) -> float:
@@ -125,6 +129,22 @@ def divide_by_hand(
     return Division(sizes, tuple(device.name for device in devices[: len(sizes)]), advice=advice)
 
 
+def compiled_by_hand(
+    traced: Traced, example: Any, devices: Sequence[Device], division: Division, way: str, *, learning: bool
+) -> Division:
+    """``division`` with its stages compiled; "auto" times each stage alone."""
+    ends = itertools.accumulate(division.sizes, initial=0)
+    pieces = [traced.piece(first, stop, apart=True) for first, stop in itertools.pairwise(ends)]
+    cast = list(devices[: len(pieces)])
+    with untouched(traced.model), unspent(traced.model, [device.name for device in cast]):
+        for piece, device in zip(pieces, cast, strict=True):
+            device.place(piece.module)
+        outcomes = compile_pieces(pieces, cast, example, [way] * len(pieces), dynamic=traced.dynamic, learning=learning)
+    told = described(outcomes)
+    advice = division.advice if told is None else _joined(division.advice, told)
+    return replace(division, ways=tuple(outcome.way for outcome in outcomes), advice=advice)
+
+
 def divide_measured(
     traced: Traced,
     example: Any,
@@ -133,8 +153,9 @@ def divide_measured(
     *,
     seconds: float,
     footprint: Footprint | None = None,
+    way: str | None = None,
 ) -> Division:
-    """As many stages as pay; with ``footprint``, for a model that learns by its rule.
+    """As many stages as pay; with ``footprint``, for a model that learns by its rule; with ``way``, compiled that way.
 
     Raises:
         PlanError: the model does not fit into the memory of the devices.
@@ -154,7 +175,10 @@ def divide_measured(
     )
     found = _permitted(frontier(problem), footprint)
     candidates = [_predicted(problem, devices, measured, partition, footprint) for partition in found]
-    chosen, refused = _choose(traced, example, devices, candidates, seconds=seconds * 0.4)
+    if way is None:
+        chosen, refused = _choose(traced, example, devices, candidates, seconds=seconds * 0.4)
+    else:
+        chosen, refused = _choose_compiled(traced, example, devices, candidates, way, seconds=seconds * 0.4)
     names = tuple(devices[at].name for at in chosen.partition.devices)
     advice = _advice(traced, devices, chosen, refused, candidates)
     if chosen.stages == 1 and chosen.seconds[0] <= INLINE:
@@ -168,6 +192,8 @@ def divide_measured(
             )
     elif chosen.stages > 1 and max(chosen.seconds) <= INLINE:
         advice = _joined(advice, f"Every stage takes less than {_microseconds(INLINE)}: hops between threads show.")
+    if told := described(chosen.outcomes):
+        advice = _joined(advice, told)
     runs = list(itertools.pairwise(itertools.accumulate(chosen.partition.sizes, initial=0)))
     layer_seconds = itertools.chain.from_iterable(
         problem.seconds[device][first:stop]
@@ -185,6 +211,7 @@ def divide_measured(
         phases=phases,
         layer_phases=layer_phases,
         period=None if footprint is None else chosen.bottleneck,
+        ways=tuple(outcome.way for outcome in chosen.outcomes) or None,
     )
 
 
@@ -271,16 +298,59 @@ def _choose(
     return chosen, [one for one in tried if one is not chosen]
 
 
+def _choose_compiled(
+    traced: Traced,
+    example: Any,
+    devices: Sequence[Device],
+    candidates: Sequence[_Candidate],
+    way: str,
+    *,
+    seconds: float,
+) -> tuple[_Candidate, list[_Candidate]]:
+    """The same among compiled stages: every number of stages that promises something is compiled and rehearsed."""
+    ordered = sorted(candidates, key=lambda one: one.stages)
+    if not can_rehearse(devices):
+        chosen, refused = _choose(traced, example, devices, candidates, seconds=seconds)
+        return _rehearsed(traced, example, devices, chosen, 0.0, way), refused
+    first = _rehearsed(traced, example, devices, ordered[0], seconds / _REHEARSALS, way)
+    gain = first.bottleneck / ordered[0].bottleneck  # what compiling does for the others, as far as one can foresee
+    tried = [first]
+    others = sorted((one for one in ordered[1:] if not one.serial), key=lambda one: one.bottleneck)
+    for candidate in others[:_REHEARSALS]:
+        best = min(one.bottleneck for one in tried)
+        if candidate.bottleneck * gain + HOP >= best * (1 - MARGIN):
+            break
+        tried.append(_rehearsed(traced, example, devices, candidate, seconds / _REHEARSALS, way))
+    best = min(one.bottleneck for one in tried)
+    tried.sort(key=lambda one: one.stages)
+    margin = SHORT_MARGIN if tried[0].bottleneck <= SHORT * tried[0].ways else MARGIN
+    chosen = next(one for one in tried if one.bottleneck * (1 - margin) <= best)
+    return chosen, [one for one in tried if one is not chosen]
+
+
 def _rehearsed(
-    traced: Traced, example: Any, devices: Sequence[Device], candidate: _Candidate, seconds: float
+    traced: Traced,
+    example: Any,
+    devices: Sequence[Device],
+    candidate: _Candidate,
+    seconds: float,
+    way: str | None = None,
 ) -> _Candidate:
     ends = itertools.accumulate(candidate.partition.sizes, initial=0)
     pieces = [traced.piece(first, stop, apart=True) for first, stop in itertools.pairwise(ends)]
     cast = [devices[at] for at in candidate.partition.devices]
     learner = None if candidate.footprint is None else candidate.footprint.rule
+    outcomes: list[Outcome] = []
     with untouched(traced.model), unspent(traced.model, [device.name for device in cast]):
-        rehearsed = rehearse(pieces, cast, example, seconds=seconds, learner=learner)
-    return replace(candidate, seconds=rehearsed)
+        if way is not None:
+            for piece, device in zip(pieces, cast, strict=True):
+                device.place(piece.module)
+            outcomes = compile_pieces(
+                pieces, cast, example, [way] * len(pieces), dynamic=traced.dynamic, learning=learner is not None
+            )
+        programs = [outcome.program for outcome in outcomes] or None
+        rehearsed = rehearse(pieces, cast, example, seconds=seconds, learner=learner, programs=programs)
+    return replace(candidate, seconds=rehearsed, outcomes=tuple(outcomes))
 
 
 def _advice(
@@ -303,6 +373,8 @@ def _advice(
             "or freeze them for more places to cut."
         )
     each = chosen.bottleneck / len(traced.layers)
+    if chosen.outcomes and not refused:
+        return f"{taken}: what a frame takes once compiled is less than a hop to another thread would save."
     if chosen.stages == 1 and each <= TINY * chosen.passes and not refused:
         return (
             f"{taken}: the layers take {_microseconds(each)} each, mostly Python; on several threads they would wait "

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from aiotime.compiling import check_way
 from aiotime.devices import default_devices, resolve, resolve_all
 from aiotime.devices.base import Device
 from aiotime.errors import PlanError
 from aiotime.learning.enrolment import check_rule
 from aiotime.learning.learner import nothing_to_learn
 from aiotime.learning.rule import Rule
-from aiotime.planning.balance import Division, divide_by_hand, divide_measured
+from aiotime.planning.balance import Division, compiled_by_hand, divide_by_hand, divide_measured
 from aiotime.planning.footprint import Footprint, StageLearning
 from aiotime.planning.partition import even
 from aiotime.planning.trace import trace
@@ -72,6 +73,7 @@ class StagePlan:
         output_bytes: that leave it with each frame.
         parameter_bytes: it holds.
         learning: what learning adds; None where the plan is not for learning.
+        compiled: the way it is compiled ("aot", "inductor", "cudagraph"); None: eager.
     """
 
     name: str
@@ -82,6 +84,7 @@ class StagePlan:
     output_bytes: int
     parameter_bytes: int
     learning: StageLearning | None = None
+    compiled: str | None = None
 
     @property
     def forward_seconds(self) -> float | None:
@@ -235,6 +238,7 @@ def plan(
     memory: int | Mapping[str, int] | None = None,
     seconds: float = 2.0,
     learner: Rule | None = None,
+    compile: str | None = None,
 ) -> Plan:
     """Divide ``model`` into stages on ``devices``.
 
@@ -255,6 +259,8 @@ def plan(
         learner: a rule of `aiotime.learning`: layers are timed forward, backward and in their update, on copies
             of the parameters, and the plan says what the rule needs of memory. The loss, and the heads of rules that
             have losses of their own, are not in the figures.
+        compile: how stages are compiled, see `aiotime.Pipeline`; those that are compared are compiled first, which
+            takes minutes the first time.
 
     Raises:
         TraceError: the model cannot be divided.
@@ -269,7 +275,9 @@ def plan(
     """
     resolved = default_devices() if devices is None else resolve_all(devices)
     traced = trace(model, example, dynamic=dynamic)
-    return make_plan(traced, example, resolved, balance=balance, memory=memory, seconds=seconds, learner=learner)
+    return make_plan(
+        traced, example, resolved, balance=balance, memory=memory, seconds=seconds, learner=learner, way=compile
+    )
 
 
 def make_plan(
@@ -281,6 +289,7 @@ def make_plan(
     memory: int | Mapping[str, int] | None = None,
     seconds: float = 2.0,
     learner: Rule | None = None,
+    way: str | None = None,
 ) -> Plan:
     """`plan` for a model already traced and devices already resolved.
 
@@ -288,13 +297,14 @@ def make_plan(
         PlanError: ``balance`` does not fit the model, or the model the memory.
         ConfigurationError: the learner has nothing to learn, or cannot work with these stages.
     """
+    check_way(way, learning=learner is not None)
     if not devices:
         raise PlanError("a plan needs at least one device")
     limits = _limits(devices, memory)
     count = len(traced.layers)
     footprint = None if learner is None else _footprint(traced, example, learner)
     if balance == "measured":
-        division = divide_measured(traced, example, devices, limits, seconds=seconds, footprint=footprint)
+        division = divide_measured(traced, example, devices, limits, seconds=seconds, footprint=footprint, way=way)
     elif balance == "even":
         stages = min(len(devices), count)
         fewer = f"The model has {count} layers, so {count} of {len(devices)} devices are used."
@@ -304,6 +314,8 @@ def make_plan(
         raise PlanError(f'balance is "measured", "even" or a list of layers per stage, not {balance!r}')
     else:
         division = divide_by_hand(traced, devices, limits, tuple(balance), footprint=footprint)
+    if way is not None and division.ways is None:
+        division = compiled_by_hand(traced, example, devices, division, way, learning=learner is not None)
     return _assembled(traced, division, footprint)
 
 
@@ -360,6 +372,7 @@ def _assembled(traced: Traced, division: Division, footprint: Footprint | None) 
                 output_bytes=leaving[stop - 1],
                 parameter_bytes=sum(layer.parameter_bytes for layer in inside),
                 learning=learning,
+                compiled=None if division.ways is None else division.ways[stage],
             )
         )
     rule = None if footprint is None else type(footprint.rule).__name__

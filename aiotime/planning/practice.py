@@ -76,12 +76,20 @@ class Practice:
         self._grads: list[torch.Tensor | None] = []
 
     @classmethod
-    def of(cls, piece: Piece, rule: Rule, *, differentiable: bool, keep_old: bool = False) -> Practice:
-        """With a piece that nobody else uses, where it was placed."""
+    def of(
+        cls,
+        piece: Piece,
+        rule: Rule,
+        *,
+        differentiable: bool,
+        keep_old: bool = False,
+        fn: Callable[[Any], Any] | None = None,
+    ) -> Practice:
+        """With a piece that nobody else uses, where it was placed; ``fn`` is what it was compiled to."""
         label = piece.layers[0] if len(piece.layers) == 1 else f"{piece.layers[0]} … {piece.layers[-1]}"
         names = {slot: key for key, slot in piece.keys.items()}
         return cls(
-            piece,
+            piece if fn is None else fn,
             piece.module,
             rule,
             differentiable=differentiable,

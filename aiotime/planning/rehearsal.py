@@ -43,12 +43,13 @@ def rehearse(
     *,
     seconds: float = 0.3,
     learner: Rule | None = None,
+    programs: Sequence[Callable[[Any], Any] | None] | None = None,
 ) -> tuple[float, ...]:
     """Mean seconds per frame of each stage while all run at once, each on its own recorded input.
 
     With ``learner`` each does forward, backward and update, on copies of its parameters. Places the pieces on the
-    devices. Takes about ``seconds``, longer where a few calls of a stage take longer.
-    Blocks: not for use on a running loop.
+    devices. ``programs`` stand for pieces that were compiled. Takes about ``seconds``, longer where a few calls of a
+    stage take longer. Blocks: not for use on a running loop.
     """
     # with fewer cores than threads, waiting for one is what is to be seen
     enough = sum(getattr(device, "threads", 1) for device in devices) <= cores()
@@ -57,11 +58,12 @@ def rehearse(
     below = False  # something there learns
     for at, (piece, device) in enumerate(zip(pieces, devices, strict=True)):
         device.place(piece.module)
-        act: Callable[[Any], Any] = piece
-        steps = piece.steps
+        program = None if programs is None else programs[at]
+        act: Callable[[Any], Any] = program or piece
+        steps = piece.steps if program is None else 1
         if learner is not None:
             keep_old = learner.versions(at, len(pieces)) > 1
-            act = practice = Practice.of(piece, learner, differentiable=below, keep_old=keep_old)
+            act = practice = Practice.of(piece, learner, differentiable=below, keep_old=keep_old, fn=act)
             below = practice.active
             steps *= PHASES if below else 1
         with torch.inference_mode():

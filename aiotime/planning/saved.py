@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from aiotime.compiling import WAYS
 from aiotime.planning.footprint import StageLearning
 from aiotime.planning.plan import LayerCost, Plan, StagePlan
 
@@ -31,6 +32,11 @@ def read_plan(data: dict[str, Any]) -> Plan:
         if not isinstance(value, str):
             raise TypeError(f"expected a name, got {value!r}")
         return value
+
+    def way(value: Any) -> str | None:
+        if value is not None and value not in WAYS[1:]:
+            raise ValueError(f"expected a way to compile or null, got {value!r}")
+        return cast("str | None", value)
 
     def learning(value: Any) -> StageLearning | None:
         if value is None:
@@ -71,6 +77,7 @@ def read_plan(data: dict[str, Any]) -> Plan:
             output_bytes=count(stage["output_bytes"]),
             parameter_bytes=count(stage["parameter_bytes"]),
             learning=learning(stage.get("learning")),
+            compiled=way(stage.get("compiled")),
         )
         for stage in data["stages"]
     )
