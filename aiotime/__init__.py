@@ -11,6 +11,7 @@ The rooms, from the top; a module imports only from rooms below it:
     runs, requests, weights      one stream, in order, with its errors; one submitted frame; a weight swap
     engine                       an open pipeline on one loop; where a frame ends
     ingest, stage, planning      the door; the stage task; trace, measure, cut
+    compiling                    a stage as one call: AOTInductor without the GIL, torch.compile, CUDA graphs
     learning                     rules of learning on the stream, and what runs them
     devices, channel, frame      where work runs; bounded queues; what travels
     observe, errors              meters, statistics, traces, logs; every error

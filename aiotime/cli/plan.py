@@ -46,6 +46,12 @@ def parse_rule(text: str) -> Rule:
 @click.option(
     "-d", "--devices", metavar="LIST", help="Where stages may run: cpu:0,cpu:1. By default all GPUs, else all cores."
 )
+@click.option(
+    "--compile",
+    "way",
+    type=click.Choice(["auto", "aot", "inductor", "cudagraph"]),
+    help="Compile the stages; auto takes what is fastest. The first time takes minutes.",
+)
 @click.option("--balance", default="measured", show_default=True, help="measured, even, or layers per stage: 3,5.")
 @click.option(
     "--learn",
@@ -65,6 +71,7 @@ def plan(
     example: tuple[str, ...],
     devices: str | None,
     balance: str,
+    way: str | None,
     learn: str | None,
     layers: bool,
     json_file: str | None,
@@ -81,6 +88,7 @@ def plan(
     \b
       aiotime plan net:make --example 1,3,256,256 --devices cpu:0,cpu:1 --json plan.json
       aiotime plan net:make --example 1,3,256,256 --devices cpu:0,cpu:1 --learn adam
+      aiotime plan net:make --example 1,3,256,256 --devices cpu:0,cpu:1 --compile auto
     """  # noqa: D301 - \b keeps click from joining these lines
     import aiotime
 
@@ -102,6 +110,7 @@ def plan(
                 devices=parse_devices(devices),
                 balance=parse_balance(balance),
                 learner=learner,
+                compile=way,
             )
     except ConfigurationError as error:
         raise click.UsageError(str(error)) from error

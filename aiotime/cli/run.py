@@ -59,6 +59,12 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE: whoever read the predictions left
 @click.option(
     "-d", "--devices", metavar="LIST", help="Where stages run: cpu:0,cpu:1. By default all GPUs, else all cores."
 )
+@click.option(
+    "--compile",
+    "way",
+    type=click.Choice(["auto", "aot", "inductor", "cudagraph"]),
+    help="Compile the stages; auto takes what is fastest. The first time takes minutes.",
+)
 @click.option("--balance", default="measured", show_default=True, help="measured, even, or layers per stage: 3,5.")
 @click.option(
     "--plan", "plan_file", type=click.Path(exists=True, dir_okay=False), help="A plan saved by `aiotime plan`."
@@ -112,6 +118,7 @@ def run(
     devices: str | None,
     balance: str,
     plan_file: str | None,
+    way: str | None,
     depth: int | None,
     **stream: Any,
 ) -> None:
@@ -141,7 +148,7 @@ def run(
         found = sources.find(source, example=made.example, format=format)
         with ExitStack() as stack:
             with Live("measuring the model …", console=console, auto_refresh=False, transient=True):
-                pipeline = build(made, devices=devices, balance=balance, plan_file=plan_file, depth=depth)
+                pipeline = build(made, devices=devices, balance=balance, plan_file=plan_file, way=way, depth=depth)
             file = open_output(out, stack)  # last: a wrong call must not cost what was written before
             writer = Writer(file, style=style, top=top)
             outcome = aiotime.run(Job(pipeline, found, writer, options).work())
@@ -153,23 +160,31 @@ def run(
     context.exit(exit_code(outcome))
 
 
-def build(made: Made, *, devices: str | None, balance: str, plan_file: str | None, depth: int | None) -> Pipeline:
+def build(
+    made: Made, *, devices: str | None, balance: str, plan_file: str | None, way: str | None, depth: int | None
+) -> Pipeline:
     """The pipeline a factory made, or one around its model; a model is measured first, which takes seconds."""
     from aiotime import Pipeline, Plan
 
     if made.pipeline is not None:
-        if devices or plan_file or depth or balance != "measured":
-            raise click.UsageError(f"{made.name} made a Pipeline, which has its devices, balance and depth already")
+        if devices or plan_file or depth or way or balance != "measured":
+            raise click.UsageError(
+                f"{made.name} made a Pipeline, which has its devices, balance, compile and depth already"
+            )
         return made.pipeline
     assert made.model is not None
-    if plan_file and (devices or balance != "measured"):
-        raise click.UsageError("--plan names the devices and cuts the layers; leave --devices and --balance out")
+    if plan_file and (devices or way or balance != "measured"):
+        raise click.UsageError(
+            "--plan names the devices, cuts the layers and says how they are compiled; leave --devices, --balance and "
+            "--compile out"
+        )
     return Pipeline(
         made.model,
         example=made.example,
         devices=parse_devices(devices),
         balance=parse_balance(balance),
         plan=Plan.from_json(Path(plan_file).read_text(encoding="utf-8")) if plan_file else None,
+        compile=way,
         depth=depth,
     )
 

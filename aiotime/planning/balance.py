@@ -308,24 +308,35 @@ def _choose_compiled(
     seconds: float,
 ) -> tuple[_Candidate, list[_Candidate]]:
     """The same among compiled stages: every number of stages that promises something is compiled and rehearsed."""
-    ordered = sorted(candidates, key=lambda one: one.stages)
+    share = seconds / _REHEARSALS
     if not can_rehearse(devices):
         chosen, refused = _choose(traced, example, devices, candidates, seconds=seconds)
-        return _rehearsed(traced, example, devices, chosen, 0.0, way), refused
-    first = _rehearsed(traced, example, devices, ordered[0], seconds / _REHEARSALS, way)
-    gain = first.bottleneck / ordered[0].bottleneck  # what compiling does for the others, as far as one can foresee
-    tried = [first]
+        return _compiled(traced, example, devices, chosen, way, seconds=0.0), refused
+    ordered = sorted(candidates, key=lambda one: one.stages)
+    tried = [_compiled(traced, example, devices, ordered[0], way, seconds=share)]
+    gain = tried[0].bottleneck / ordered[0].bottleneck  # what compiling does for the others, as far as one can foresee
     others = sorted((one for one in ordered[1:] if not one.serial), key=lambda one: one.bottleneck)
     for candidate in others[:_REHEARSALS]:
         best = min(one.bottleneck for one in tried)
         if candidate.bottleneck * gain + HOP >= best * (1 - MARGIN):
             break
-        tried.append(_rehearsed(traced, example, devices, candidate, seconds / _REHEARSALS, way))
+        tried.append(_compiled(traced, example, devices, candidate, way, seconds=share))
     best = min(one.bottleneck for one in tried)
     tried.sort(key=lambda one: one.stages)
     margin = SHORT_MARGIN if tried[0].bottleneck <= SHORT * tried[0].ways else MARGIN
     chosen = next(one for one in tried if one.bottleneck * (1 - margin) <= best)
     return chosen, [one for one in tried if one is not chosen]
+
+
+def _compiled(
+    traced: Traced, example: Any, devices: Sequence[Device], candidate: _Candidate, way: str, *, seconds: float
+) -> _Candidate:
+    """Rehearsed as compiled; for "auto" in a pipeline that learns also as it is, and the faster of the two."""
+    if way != "auto" or candidate.footprint is None:
+        return _rehearsed(traced, example, devices, candidate, seconds, way)
+    plain = _rehearsed(traced, example, devices, candidate, seconds)
+    compiled = _rehearsed(traced, example, devices, candidate, seconds, "inductor")
+    return compiled if compiled.bottleneck <= plain.bottleneck * (1 - MARGIN) else plain
 
 
 def _rehearsed(
