@@ -61,10 +61,10 @@ def put(engine: Engine, owner: Owner, payload: Any, index: int = 0) -> Frame:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "depth"), [(0.0, DEEPEST), (1e-6, DEEPEST), (1e-4, 10), (1e-3, SHALLOWEST), (1.0, SHALLOWEST)]
+    ("seconds", "depth"), [(0.0, DEEPEST), (1e-6, DEEPEST), (1e-4, 40), (1e-3, 4), (1.0, SHALLOWEST)]
 )
 def test_depth_for(seconds: float, depth: int) -> None:
-    """Stages of microseconds get tens of launches in flight, heavy ones two."""
+    """Stages of microseconds get tens of launches in flight, those of a millisecond four, heavy ones two."""
     assert depth_for(seconds) == depth
 
 
@@ -101,7 +101,7 @@ async def test_a_plan_gives_the_first_guess() -> None:
     specs = [spec()]
     guessed = Engine(specs, name="p", depth=None, frames=None, nbytes=None, clock=RealClock(), first_guess=1e-4)
     guessed.start()
-    assert (guessed.depth, guessed.door.frames) == (10, 10)
+    assert (guessed.depth, guessed.door.frames) == (40, 40)
     await guessed.close()
 
 
