@@ -28,6 +28,7 @@ def main() -> None:
     options = parser(question or "")
     options.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; by default all of them")
     options.add_argument("--tune", action="store_true", help="choose the rates anew (lists and trees)")
+    options.add_argument("--seed", type=int, default=0, help="the first seed (lists and trees); 0 to 3 chose settings")
     arguments = options.parse_args()
     for part in arguments.parts:
         if part not in PARTS:

@@ -26,13 +26,14 @@ class Sizes:
     legs: int  # at most, per seed
     validation: int  # instances
     seeds: int
+    first: int = 0  # the first of them
 
 
 def held(problem: Problem, ways: Sequence[Way], once: Sequence[Way], sizes: Sizes) -> list[Result]:
     """Every seed; ``once``: ways that run in the first one only."""
     results = []
-    for seed in range(sizes.seeds):
-        own = [*ways, *once] if seed == 0 else list(ways)
+    for seed in range(sizes.first, sizes.first + sizes.seeds):
+        own = [*ways, *once] if seed == sizes.first else list(ways)
         results.append(aiotime.run(race(problem, own, seed=seed, leg=sizes.leg, legs=sizes.legs)))
     return results
 

@@ -192,15 +192,15 @@ def sizes(arguments: argparse.Namespace) -> contest.Sizes:
     """What is run."""
     if arguments.quick:
         return contest.Sizes(leg=100, legs=2, validation=50, seeds=1)
-    return contest.Sizes(leg=2_500, legs=40, validation=2_000, seeds=arguments.rounds or 2)
+    return contest.Sizes(leg=2_500, legs=40, validation=2_000, seeds=arguments.rounds or 2, first=arguments.seed)
 
 
 def setup(arguments: argparse.Namespace) -> str:
     """In words."""
     size = sizes(arguments)
     return (
-        f"A GRU of {WIDTH}, fresh lists (no training set), {size.seeds} seeds, {size.validation:,} to validate on "
-        f"every {size.leg:,}, with a running mean of the weights; Adam, fused, one thread. The network: inline stages, "
+        f"A GRU of {WIDTH}, fresh lists (no training set), {size.seeds} seeds from {size.first}, "
+        f"{size.validation:,} to validate on every {size.leg:,}, with a running mean of the weights; Adam, fused, one thread. The network: inline stages, "
         f"{WAYS[1].keys} instances in flight, an update of each stage per {WAYS[1].frequency} of them; replicas on two "
         "CPU workers, in the first seed only."
     )

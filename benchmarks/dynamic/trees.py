@@ -32,7 +32,7 @@ OPERATIONS = ("maximum", "minimum", "distance", "mean")
 VALUES = 6
 DEPTHS = (2, 3, 4, 5)  # in training
 NODES = 10  # that the loss is divided by
-WIDTH = 128
+WIDTH = 192
 
 
 class Node(NamedTuple):
@@ -208,7 +208,7 @@ class Trees:
 RATES = {contest.PLAIN: (5e-4, 1e-3, 2e-3), contest.NETWORK: (3e-3, 6e-3, 1e-2)}
 WAYS = (
     Way(contest.PLAIN, rate=1e-3),
-    Way(contest.NETWORK, rate=6e-3, keys=32, frequency=16, per="instance", max_batch=64),
+    Way(contest.NETWORK, rate=6e-3, keys=40, frequency=16, per="instance", max_batch=64),
 )
 ONE = Way(contest.ONE, rate=1e-3, keys=1, per="instance", max_batch=64, share=0.1)
 DEEPER = (6, 7, 8)
@@ -218,15 +218,15 @@ def sizes(arguments: argparse.Namespace) -> contest.Sizes:
     """What is run."""
     if arguments.quick:
         return contest.Sizes(leg=100, legs=2, validation=50, seeds=1)
-    return contest.Sizes(leg=1_000, legs=30, validation=1_000, seeds=arguments.rounds or 3)
+    return contest.Sizes(leg=1_000, legs=30, validation=1_000, seeds=arguments.rounds or 3, first=arguments.seed)
 
 
 def setup(arguments: argparse.Namespace) -> str:
     """In words."""
     size = sizes(arguments)
     return (
-        f"A Tree-LSTM of {WIDTH}, fresh expressions (no training set), {size.seeds} seeds, {size.validation:,} to "
-        f"validate on every {size.leg:,}, with a running mean of the weights; Adam, fused, one thread. The network: "
+        f"A Tree-LSTM of {WIDTH}, fresh expressions (no training set), {size.seeds} seeds from {size.first}, "
+        f"{size.validation:,} to validate on every {size.leg:,}, with a running mean of the weights; Adam, fused, one thread. The network: "
         f"inline stages, {WAYS[1].keys} instances in flight, an update of each stage per {WAYS[1].frequency} of them."
     )
 
