@@ -200,7 +200,8 @@ def setup(arguments: argparse.Namespace) -> str:
     size = sizes(arguments)
     return (
         f"A GRU of {WIDTH}, fresh lists (no training set), {size.seeds} seeds from {size.first}, "
-        f"{size.validation:,} to validate on every {size.leg:,}, with a running mean of the weights; Adam, fused, one thread. The network: inline stages, "
+        f"{size.validation:,} to validate on every {size.leg:,}, "
+        "with a running mean of the weights; Adam, fused, one thread. The network: inline stages, "
         f"{WAYS[1].keys} instances in flight, an update of each stage per {WAYS[1].frequency} of them; replicas on two "
         "CPU workers, in the first seed only."
     )

@@ -226,7 +226,8 @@ def setup(arguments: argparse.Namespace) -> str:
     size = sizes(arguments)
     return (
         f"A Tree-LSTM of {WIDTH}, fresh expressions (no training set), {size.seeds} seeds from {size.first}, "
-        f"{size.validation:,} to validate on every {size.leg:,}, with a running mean of the weights; Adam, fused, one thread. The network: "
+        f"{size.validation:,} to validate on every {size.leg:,}, "
+        "with a running mean of the weights; Adam, fused, one thread. The network: "
         f"inline stages, {WAYS[1].keys} instances in flight, an update of each stage per {WAYS[1].frequency} of them."
     )
 
