@@ -16,6 +16,8 @@ from typing import Any, Literal, Self
 
 import torch
 
+from aiotime.batching.desk import Batching
+from aiotime.batching.joining import Alike, check_batching
 from aiotime.channel import Overflow
 from aiotime.checkpoint import Checkpoint
 from aiotime.devices import Device, default_devices, resolve, resolve_all
@@ -43,6 +45,7 @@ from aiotime.observe.meter import quantile
 from aiotime.observe.stats import Stats, stage_stats
 from aiotime.observe.trace import Trace
 from aiotime.planning import Plan, make_plan, trace
+from aiotime.planning.together import check_rows_apart, layouts, no_learning_in_batches, trace_for_batches
 from aiotime.planning.trace import Piece
 from aiotime.planning.twin import twin
 from aiotime.requests import Request
@@ -74,6 +77,11 @@ class Pipeline:
         budget_bytes: bytes of payload in flight; None: no limit.
         dynamic: dims of every input tensor that may differ from the example's, such as ``(0,)``.
         check_finite: refuse frames that hold NaN or infinity.
+        max_batch: frames that run as one job where they wait at a stage: joined along the first dimension of every
+            tensor, each with its own result (a view of the batch's). Checked here: the model on two frames at once must
+            give what it gives on each. Not together with ``learner``.
+        max_wait: seconds that the first stage, when it could start, waits for a batch to become full; what ran together
+            there reaches the others together.
         warm_up: frames (copies of the example) sent through before the first real one at each opening.
         learner: a rule of `aiotime.learning`: the pipeline then learns from every `Sample` that has a target. The
             model keeps the mode (training or eval) it is in and is copied: read what was learned with `state_dict`.
@@ -106,6 +114,8 @@ class Pipeline:
         dynamic: Sequence[int] | None = None,
         check_finite: bool = False,
         warm_up: int = 0,
+        max_batch: int = 1,
+        max_wait: float = 0.0,
         learner: Rule | None = None,
         name: str | None = None,
     ) -> None:
@@ -117,9 +127,16 @@ class Pipeline:
         self._set_up(depth, budget, budget_bytes, warm_up, name or type(model).__name__)
         self._spec: InputSpec | None = InputSpec(example, dynamic=dynamic)
         self._example = self._spec.check(example)
+        check_batching(self.name, max_batch, max_wait, "cat", of="frames")
+        if max_batch > 1 and learner is not None:
+            raise no_learning_in_batches(self.name)
         if learner is None:
             model.eval()
-        traced = trace(model, self._example, dynamic=dynamic)
+        traced = (
+            trace_for_batches(model, self._example, dynamic)
+            if max_batch > 1
+            else trace(model, self._example, dynamic=dynamic)
+        )
         if plan is None:
             found = default_devices() if devices is None else resolve_all(devices)
             plan = make_plan(traced, self._example, found, balance=balance, learner=learner)
@@ -136,10 +153,13 @@ class Pipeline:
                 )
         self.plan: Plan | None = plan
         self._pieces: list[Piece] = traced.cut(plan.sizes)
+        joiners = layouts(model, self._pieces, self._example, dynamic) if max_batch > 1 else []
         specs = []
         for piece, planned, device in zip(self._pieces, plan.stages, plan.place(found), strict=True):
             device.place(piece.module)
             specs.append(StageSpec(planned.name, piece, device))
+        for spec, joiner in zip(specs, joiners, strict=False):
+            spec.batching = Batching(max_batch, 0.0 if spec is not specs[0] else max_wait, joiner)
         if check_finite:
             specs[0].fn = require_finite(specs[0].fn)
             specs[0].remake = require_finite
@@ -210,11 +230,16 @@ class Pipeline:
                 pipeline._modules[unique] = fn
                 fn = spread(fn)
                 remake = partial(_spread_again, policy=stage.on_error, stage=unique, device=device)
-            policy = stage.on_error
+            policy, batching = stage.on_error, None
+            if stage.max_batch > 1:
+                if learner is not None:
+                    raise no_learning_in_batches(unique)
+                check_rows_apart(unique, stage.fn)
+                batching = Batching(stage.max_batch, stage.max_wait, Alike(unique, stage.group), fn)
             if isinstance(policy, Retry):
                 fn = with_retries(fn, policy, unique, device)
                 policy = policy.then
-            specs.append(StageSpec(unique, fn, device, stage.workers, policy, stage.timeout, remake=remake))
+            specs.append(StageSpec(unique, fn, device, stage.workers, policy, stage.timeout, batching, remake=remake))
         pipeline._teach(learner, specs)
         pipeline._finish(specs, None)
         return pipeline
@@ -765,6 +790,7 @@ class Pipeline:
                     queue_max=inbox.occupancy_max,
                     backward=[recorder for work in runner.works[1:] for recorder in work.recorders],
                     learning=course.lessons(index, elapsed) if course is not None else None,
+                    tally=runner.work.tally,
                 )
             )
         return Stats(

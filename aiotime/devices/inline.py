@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from aiotime.devices.base import (
+    SERVED,
     Agenda,
     Completions,
     Device,
@@ -45,6 +46,12 @@ class _Doorbell:
         except RuntimeError:
             pass  # the loop is closed: nobody waits
 
+    def ring_at(self, when: float) -> None:
+        stream = self._stream
+        if stream._alarm is not None:
+            stream._alarm.cancel()
+        stream._alarm = stream._completions.loop.call_later(max(0.0, when - stream._now()), stream.pump)
+
 
 class InlineStream(DeviceStream):
     """Runs each job at its launch, on the loop. It blocks the loop for as long as the job takes.
@@ -66,6 +73,7 @@ class InlineStream(DeviceStream):
         self._awaited = 0  # jobs it has yet to give
         self._pumping = False
         self._doorbell = _Doorbell(self)
+        self._alarm: asyncio.TimerHandle | None = None
         self._gone: asyncio.Future[None] | None = None
 
     def bind(self, work: Work) -> None:
@@ -99,6 +107,8 @@ class InlineStream(DeviceStream):
                 if job is None:
                     return
                 self._awaited -= 1
+                if job is SERVED:
+                    continue
                 work, up, frame, mine, action = job
                 if action is None:
                     self._run(work, up, frame, mine, None)
@@ -106,6 +116,7 @@ class InlineStream(DeviceStream):
                     self._act(work, up, frame, mine, action)
         finally:
             self._pumping = False
+            self.ring()
         if self._closed and self._gone is not None and not self._gone.done():
             self._gone.set_result(None)
 
