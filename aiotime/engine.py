@@ -18,7 +18,6 @@ from collections.abc import Callable, Hashable, Sequence
 from statistics import median
 from typing import Any
 
-from aiotime.batching.agenda import Agenda as Company
 from aiotime.batching.desk import Batching
 from aiotime.batching.desk import Desk as BatchDesk
 from aiotime.batching.gathering import Gathering
@@ -122,7 +121,7 @@ class Engine:
         self._task: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._crossing: Crossing | None = None  # of a pipeline in two directions
-        self._gatherings: dict[DeviceStream, Company] = {}  # of stages where frames wait for company
+        self._gatherings: list[Gathering] = []  # of stages where frames wait for company
         self._open_streams()
         self._inbox = self.stages[0].inbox
 
@@ -183,7 +182,6 @@ class Engine:
                 return True
             return waiting >= len(self.frames) and (self.draining or self.door.used >= self.door.frames)
 
-        agenda = self._gatherings.setdefault(stream, Company(work.workers))
         desk = BatchDesk(
             batching,
             work,
@@ -192,7 +190,9 @@ class Engine:
             on_host=self.specs[index].device.on_host,
             alone=alone,
         )
-        return Gathering(stream, desk, agenda, burst=batching.most)
+        gathering = Gathering(stream, desk, burst=batching.most)
+        self._gatherings.append(gathering)
+        return gathering
 
     def _desk(
         self, spec: StageSpec, index: int, stream: DeviceStream, agendas: dict[DeviceStream, Agenda]
@@ -289,8 +289,8 @@ class Engine:
             self.error = why
         for stage in self.stages:
             stage.inbox.abort(self.error)
-        for agenda in self._gatherings.values():
-            agenda.hurry()
+        for gathering in self._gatherings:
+            gathering.hurry()
         if self.course is not None:
             self.course.abort(self.error)
         for entrant in self.door.withdraw_all():

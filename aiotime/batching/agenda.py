@@ -1,8 +1,12 @@
-"""Agenda: which of the stages that share a device stream runs its next batch, asked for each token of the stream.
+"""Agenda: when a stage's next batch is formed: as its device stream comes to the token of a frame.
 
-The stream got a token per frame, in the order of the launches, and asks once per token. A batch uses up the tokens of
-all its frames: the ones too many are answered with `SERVED`. They are spent first, so a token never serves a frame
-that was launched behind a job which the stream has yet to run, while one before it waits.
+    stream's queue:   token 1 · token 2 · another stage's job · token 3
+                      └ batch of 1, 2 (and 3, where it is ready)   └ SERVED
+
+The stream got a token per frame, in the order of the launches, among the jobs of other stages. A batch uses up the
+tokens of all its frames; those too many are answered with `SERVED`, and are spent before a new batch is begun. So when
+a token is due the first frame that waits is its own (or, with several workers, one before it), and whatever stands
+behind it in the queue finds every frame served that was launched before: nothing can wait for what is behind it.
 """
 
 from __future__ import annotations
@@ -15,17 +19,14 @@ from aiotime.devices.base import SERVED, Job, Sleeper
 
 
 class Agenda:
-    """The desks of one device stream.
+    """What the device stream of ``desk`` asks."""
 
-    Args:
-        workers: of the stream; several ask at once.
-    """
-
-    def __init__(self, workers: int) -> None:
-        self.desks: list[Desk] = []
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
         self._surplus = 0  # tokens whose frames have been dealt with
         self._waiting: list[Sleeper] = []
-        self._lock: AbstractContextManager[object] = threading.Lock() if workers > 1 else nullcontext()
+        several = desk.work.workers > 1  # ask at once
+        self._lock: AbstractContextManager[object] = threading.Lock() if several else nullcontext()
 
     def take(self, bell: Sleeper) -> Job | None:
         """The job to run now, `SERVED`, or None: ``bell`` rings when one may have become ready."""
@@ -40,26 +41,15 @@ class Agenda:
         return job
 
     def _look(self) -> tuple[Job | None, float | None]:
-        """(job, when to look again).
-
-        Downstream first, as that brings frames out and keeps together what came together; but full batches before
-        others. No stage is passed over for ever: while others are full, it becomes full.
-        """
+        """(job, when to look again)."""
         if self._surplus:
             self._surplus -= 1
             return SERVED, None
-        soonest: float | None = None
-        order = self.desks[::-1]
-        if len(order) > 1:
-            order.sort(key=lambda desk: not desk.full)
-        for desk in order:
-            job, dealt_with, until = desk.next()
-            if dealt_with:
-                self._surplus += dealt_with - 1
-                return job or SERVED, None
-            if until is not None:
-                soonest = until if soonest is None else min(soonest, until)
-        return None, soonest
+        job, dealt_with, until = self.desk.next()
+        if dealt_with:
+            self._surplus = dealt_with - 1
+            return job or SERVED, None
+        return None, until
 
     def poke(self) -> None:
         """Something was added or changed; any thread."""
@@ -69,7 +59,6 @@ class Agenda:
     ring = poke  # as the bell of what frames wait for
 
     def hurry(self) -> None:
-        """The pipeline ends: let nobody wait for company."""
-        for desk in self.desks:
-            desk.hurry = True
+        """The pipeline ends: wait for nobody's company."""
+        self.desk.hurry = True
         self.poke()

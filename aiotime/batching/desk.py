@@ -81,14 +81,6 @@ class Desk:
 
     # ------------------------------------------------------------------ which frames, on the stream's thread
 
-    @property
-    def full(self) -> bool:
-        """Are there as many as one job takes, if they can be joined?"""
-        seats = self.seats
-        if len(seats) < self._most:
-            return False
-        return all(_servable(seats[at]) for at in range(self._most))
-
     def next(self) -> tuple[Job | None, int, float | None]:
         """(the next job, seats that are dealt with, until when the head waits for company).
 

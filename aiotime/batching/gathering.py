@@ -25,20 +25,22 @@ class Gathering(DeviceStream):
     Args:
         stream: runs the jobs; whoever opened it closes it.
         desk: of the stage.
-        agenda: of all such stages on ``stream``.
         burst: launches after which those of a stream on the loop are run, whatever else waits.
     """
 
-    def __init__(self, stream: DeviceStream, desk: Desk, agenda: Agenda, *, burst: int) -> None:
+    def __init__(self, stream: DeviceStream, desk: Desk, *, burst: int) -> None:
         self.name = stream.name
         self.wants_host_ready = stream.wants_host_ready
         self.stream = stream
         self._desk = desk
-        self._agenda = agenda
+        self._agenda = Agenda(desk)
         self._control: Pending | None = None  # of the newest control frame
         self._untold: list[Pending] = []  # launched, and the stream does not know
         self._burst = burst if stream.wants_host_ready else 0
-        agenda.desks.append(desk)
+
+    def hurry(self) -> None:
+        """The pipeline ends: wait for nobody's company."""
+        self._agenda.hurry()
 
     def bind(self, work: Work) -> None:
         self.stream.bind(work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -69,8 +70,7 @@ class InlineStream(DeviceStream):
         self._closed = False
         self._burst: torch.inference_mode | None = None
         self._ended: dict[int, float] = {}  # by stage: when its newest job ended
-        self._agenda: Agenda | None = None  # of stages that learn
-        self._awaited = 0  # jobs it has yet to give
+        self._awaited: deque[Agenda] = deque()  # once for each job that it has yet to give
         self._pumping = False
         self._doorbell = _Doorbell(self)
         self._alarm: asyncio.TimerHandle | None = None
@@ -90,23 +90,21 @@ class InlineStream(DeviceStream):
     def post(self, agenda: Agenda, jobs: int) -> bool:
         if self._closed:
             return False
-        self._agenda = agenda
-        self._awaited += jobs
+        self._awaited.extend([agenda] * jobs)
         self.pump()
         return True
 
     def pump(self) -> None:
-        """Run what the agenda has ready."""
-        agenda = self._agenda
-        if self._pumping or agenda is None:
+        """Run what the agendas have ready."""
+        if self._pumping:
             return
         self._pumping = True
         try:
             while self._awaited:
-                job = agenda.take(self._doorbell)
+                job = self._awaited[0].take(self._doorbell)
                 if job is None:
                     return
-                self._awaited -= 1
+                self._awaited.popleft()
                 if job is SERVED:
                     continue
                 work, up, frame, mine, action = job

@@ -38,9 +38,10 @@ def check_rows_apart(name: str, fn: Any) -> None:
         return
     for path, module in fn.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            place = f" at {path!r}" if path else ""
             why = "is in training mode" if module.training else "keeps no running statistics"
             raise ConfigurationError(
-                f"stage {name!r} cannot batch frames: its {type(module).__name__} {path!r} {why} and normalises over "
+                f"stage {name!r} cannot batch frames: its {type(module).__name__}{place} {why} and normalises over "
                 "the batch, so that a frame's result would depend on its company; leave max_batch=1"
             )
 
