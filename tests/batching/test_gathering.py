@@ -1,4 +1,4 @@
-"""Frames that wait at a stage run as one job: which, how many, when; each gets its own outcome, whatever the others do."""
+"""Frames that wait at a stage run as one job: which, how many, when; each gets an outcome of its own."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def answers(pipeline: Pipeline, source: Any, **options: Any) -> list[float
 
 @pytest.mark.asyncio
 async def test_what_waits_runs_as_one() -> None:
-    """The stage is busy with the first frames while others come: they are its next batch, and no longer than max_batch."""
+    """The stage is busy with the first frames while others come: those are its next batch, of max_batch at most."""
     bench = Bench(max_batch=4, depth=16)
     assert await answers(bench.pipeline, rows(10)) == [float(i + 1) for i in range(10)]
     assert bench.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
