@@ -94,10 +94,9 @@ def layouts(model: nn.Module, pieces: Sequence[Piece], example: Any, dynamic: Se
     exact = bool(set(dynamic or ()) - {0})
     names = ["the input", *(f"what stage {at} hands on" for at in range(len(pieces) - 1)), "output"]
     try:
-        found = [
-            Layout(name, *values, rows=rows, exact=exact)
-            for name, values in zip(names, zip(one, two, whole, strict=True), strict=True)
-        ]
+        # the output first: it is what the user knows
+        values = list(zip(names, zip(one, two, whole, strict=True), strict=True))
+        found = [Layout(name, *three, rows=rows, exact=exact) for name, three in reversed(values)][::-1]
         return [Across(before, behind) for before, behind in pairwise(found)]
     except ConfigurationError as error:
         raise ConfigurationError(

@@ -235,8 +235,8 @@ def main() -> None:
         __file__,
         question=question or "",
         setup="Two CPU stages with one intra-op thread each, cut evenly; uvloop where there is one; contenders in "
-        f"turns, {rounds} rounds, medians. Latency: saturated, from the door to the result; paced, from when it was due "
-        "to the consumer's hands (a millisecond of the loop's timers included).",
+        f"turns, {rounds} rounds, medians. Latency: saturated, from the door to the result; paced, from when it was "
+        "due to the consumer's hands (a millisecond of the loop's timers included).",
         arguments=arguments,
     )
     torch.set_num_threads(1)
