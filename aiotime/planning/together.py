@@ -76,8 +76,8 @@ def layouts(model: nn.Module, pieces: Sequence[Piece], example: Any, dynamic: Se
     other = pytree.tree_map_only(torch.Tensor, _another, example)
     tensors, structure = pytree.tree_flatten(example)
     pairs = zip(tensors, pytree.tree_leaves(other), strict=True)
-    joined = [torch.cat([one, two]) if isinstance(one, torch.Tensor) else one for one, two in pairs]
-    both = pytree.tree_unflatten(joined, structure)
+    leaves = [torch.cat([one, two]) if isinstance(one, torch.Tensor) else one for one, two in pairs]
+    both = pytree.tree_unflatten(leaves, structure)
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     with torch.inference_mode(mode=False), torch.no_grad():
         with untouched(model), repeatable(device):
@@ -95,8 +95,11 @@ def layouts(model: nn.Module, pieces: Sequence[Piece], example: Any, dynamic: Se
     names = ["the input", *(f"what stage {at} hands on" for at in range(len(pieces) - 1)), "output"]
     try:
         # the output first: it is what the user knows
-        values = list(zip(names, zip(one, two, whole, strict=True), strict=True))
-        found = [Layout(name, *three, rows=rows, exact=exact) for name, three in reversed(values)][::-1]
+        values = list(zip(names, one, two, whole, strict=True))
+        found = [
+            Layout(name, first, second, joined, rows, exact=exact) for name, first, second, joined in reversed(values)
+        ]
+        found.reverse()
         return [Across(before, behind) for before, behind in pairwise(found)]
     except ConfigurationError as error:
         raise ConfigurationError(

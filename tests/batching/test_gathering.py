@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -71,7 +72,8 @@ async def test_what_waits_runs_as_one() -> None:
     assert bench.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert bench.clock.now() == 3.0
     [stage] = bench.pipeline.stats().stages
-    assert (stage.frames, stage.failed, stage.batch_mean) == (10, 0, pytest.approx(10 / 3))
+    assert (stage.frames, stage.failed) == (10, 0)
+    assert stage.batch_mean == pytest.approx(10 / 3)
     assert "batch" in str(bench.pipeline.stats())
 
 
@@ -314,7 +316,7 @@ async def test_runs_and_requests_share_a_batch(settle: Settle) -> None:
 async def test_acknowledgements_come_once() -> None:
     """One per frame of a batch: handed over, failed."""
     acks: list[tuple[int, BaseException | None]] = []
-    source = [Sample(row(i), ack=lambda error, i=i: acks.append((i, error))) for i in range(4)]
+    source = [Sample(row(i), ack=partial(lambda at, error: acks.append((at, error)), i)) for i in range(4)]
     bench = Bench(max_batch=4, depth=16, bad=1.0)
     await answers(bench.pipeline, source, on_error="skip")
     assert [(i, type(error)) for i, error in acks] == [

@@ -36,12 +36,13 @@ class Counter(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("seen", torch.zeros(1))
+        self.seen = nn.Buffer(torch.zeros(1))
         self.layer = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen += 1
-        return self.layer(x) + self.seen
+        self.seen.add_(1)
+        moved: torch.Tensor = self.layer(x) + self.seen
+        return moved
 
 
 TWO: dict[str, Any] = {"devices": ["cpu:0", "cpu:1"], "balance": "even"}
