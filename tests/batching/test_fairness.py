@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from itertools import repeat
 
 import pytest
 import torch
@@ -22,6 +21,16 @@ def shared(max_batch: int) -> tuple[Pipeline, VirtualClock]:
     return Pipeline.from_stages([stage], depth=8), clock
 
 
+async def endless() -> AsyncIterator[torch.Tensor]:
+    while True:
+        yield ONE
+
+
+async def many(number: int) -> AsyncIterator[torch.Tensor]:
+    for _ in range(number):
+        yield ONE
+
+
 @pytest.mark.asyncio
 @batches
 async def test_greedy_runs_have_equal_shares(max_batch: int) -> None:
@@ -30,7 +39,7 @@ async def test_greedy_runs_have_equal_shares(max_batch: int) -> None:
     counts = [0, 0, 0]
 
     async def greedy(at: int) -> None:
-        async with pipeline.run(repeat(ONE)) as run:
+        async with pipeline.run(endless()) as run:
             async for _ in run:
                 counts[at] += 1
                 if clock.now() >= 60:
@@ -59,7 +68,7 @@ async def test_a_burst_does_not_push_others_out(max_batch: int) -> None:
         latencies.extend([prediction.latency async for prediction in pipeline.run(every_few_seconds())])
 
     async def burst() -> None:
-        async with pipeline.run([ONE] * 400) as run:
+        async with pipeline.run(many(400)) as run:
             async for _ in run:
                 if clock.now() > 90:
                     return
