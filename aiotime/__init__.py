@@ -13,6 +13,7 @@ The rooms, from the top; a module imports only from rooms below it:
     ingest, stage, planning      the door; the stage task; trace, measure, cut
     compiling                    a stage as one call: AOTInductor without the GIL, torch.compile, CUDA graphs
     learning                     rules of learning on the stream, and what runs them
+    batching                     frames (or a network's calls) as one job: joined, computed, taken apart
     devices, channel, frame      where work runs; bounded queues; what travels
     observe, errors              meters, statistics, traces, logs; every error
     loop, heap                   asyncio.run on uvloop; what the C library does with freed memory

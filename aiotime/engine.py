@@ -18,6 +18,9 @@ from collections.abc import Callable, Hashable, Sequence
 from statistics import median
 from typing import Any
 
+from aiotime.batching.desk import Batching
+from aiotime.batching.desk import Desk as BatchDesk
+from aiotime.batching.gathering import Gathering
 from aiotime.devices.base import Clock, Completions, Device, DeviceStream, Pending, Work
 from aiotime.devices.worker import COALESCE, PATIENCE, WorkerStream
 from aiotime.errors import AiotimeError, BrokenError, BusyError, ClosedError
@@ -43,6 +46,13 @@ RECENT = 33  # newest jobs that a stage's time is the median of
 WORK_AHEAD = 4e-3  # seconds of launches in flight that an adaptive depth aims at; with less, 0.1 ms stages starve
 
 log = get_logger()
+
+
+def mean_batch(work: Work) -> float:
+    """Frames per job so far."""
+    if work.tally is None or not (jobs := sum(recorder.jobs for recorder in work.recorders)):
+        return 1.0
+    return 1.0 + work.tally.joined / jobs
 
 
 def depth_for(seconds: float) -> int:
@@ -111,6 +121,7 @@ class Engine:
         self._task: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._crossing: Crossing | None = None  # of a pipeline in two directions
+        self._gatherings: list[Gathering] = []  # of stages where frames wait for company
         self._open_streams()
         self._inbox = self.stages[0].inbox
 
@@ -141,7 +152,10 @@ class Engine:
                     work.starved = self._starved(works[0])
                     stream.bind(work)
                 runs = self._fork(spec, index, desk, shared, agendas)
-                self.stages.append(StageRunner(spec, works[0], stream, self.depth * spec.workers, self.ready, runs))
+                if spec.batching is not None:
+                    stream = self._gathering(spec.batching, works[0], stream, index)
+                limit = spec.launches(self.depth, adaptive=self.adaptive)
+                self.stages.append(StageRunner(spec, works[0], stream, limit, self.ready, runs))
                 self._seen.append(0)
         except BaseException:
             for stream in self.streams:
@@ -159,6 +173,26 @@ class Engine:
         if spec.workers == 1 and device.shares_stream:
             shared[key] = stream
         return stream
+
+    def _gathering(self, batching: Batching, work: Work, stream: DeviceStream, index: int) -> Gathering:
+        """What stands before ``stream`` where frames wait for company."""
+
+        def alone(waiting: int) -> bool:
+            if waiting >= self.stages[index].limit:
+                return True
+            return waiting >= len(self.frames) and (self.draining or self.door.used >= self.door.frames)
+
+        desk = BatchDesk(
+            batching,
+            work,
+            now=self.now,
+            completions=self.completions,
+            on_host=self.specs[index].device.on_host,
+            alone=alone,
+        )
+        gathering = Gathering(stream, desk, burst=batching.most)
+        self._gatherings.append(gathering)
+        return gathering
 
     def _desk(
         self, spec: StageSpec, index: int, stream: DeviceStream, agendas: dict[DeviceStream, Agenda]
@@ -255,6 +289,8 @@ class Engine:
             self.error = why
         for stage in self.stages:
             stage.inbox.abort(self.error)
+        for gathering in self._gatherings:
+            gathering.hurry()
         if self.course is not None:
             self.course.abort(self.error)
         for entrant in self.door.withdraw_all():
@@ -475,7 +511,8 @@ class Engine:
             times = self._times()
             self._share_threads(times)
             if self.adaptive and any(times):
-                self._adapt(max(t / stage.spec.workers for t, stage in zip(times, self.stages, strict=True)))
+                each = zip(times, self.stages, strict=True)
+                self._adapt(max(t / stage.spec.workers / mean_batch(stage.work) for t, stage in each))
         self._beating = bool(self.frames)
         if self._beating:
             self.loop.call_later(BEAT, self._beat)
@@ -519,18 +556,20 @@ class Engine:
         if depth != self.depth:
             self.depth = depth
             for stage in self.stages:
-                stage.limit = depth * stage.spec.workers
+                stage.limit = stage.spec.launches(depth, adaptive=True)
             if not self.own_budget:
                 self.door.resize(self._budget_for(depth), self.door.nbytes)
 
     def _budget_for(self, depth: int) -> int:
-        return depth * sum(spec.workers for spec in self.specs)
+        return sum(spec.launches(depth, adaptive=self.adaptive) for spec in self.specs)
 
     def _starved(self, work: Work) -> Callable[[], bool]:
         """Is a stage without work waiting for input, or are all credits held by frames that have passed it?"""
 
         def starved() -> bool:
             done = sum(r.jobs + r.passed for r in work.recorders)
+            if work.tally is not None:
+                done += work.tally.joined + work.tally.passed
             return self.entered > done or not self.door.full
 
         return starved
@@ -551,6 +590,8 @@ class Engine:
             for work in stage.works:
                 for recorder in work.recorders:
                     recorder.reset()
+                if work.tally is not None:
+                    work.tally.reset()
             if stage.desk is not None:
                 stage.desk.delays.clear()
             self._seen[position] = 0

@@ -18,6 +18,8 @@ from typing import Any, Literal, Self
 import torch
 from torch.utils._pytree import tree_map
 
+from aiotime.batching.desk import Batching
+from aiotime.batching.joining import Alike, check_batching
 from aiotime.channel import Overflow
 from aiotime.checkpoint import Checkpoint
 from aiotime.compiling import Program, check_way, compile_module
@@ -47,6 +49,7 @@ from aiotime.observe.stats import Stats, stage_stats
 from aiotime.observe.trace import Trace
 from aiotime.planning import Plan, make_plan, trace
 from aiotime.planning.compilation import compile_pieces
+from aiotime.planning.together import check_rows_apart, layouts, no_learning_in_batches, trace_for_batches
 from aiotime.planning.trace import Piece
 from aiotime.planning.twin import twin
 from aiotime.requests import Request
@@ -78,6 +81,11 @@ class Pipeline:
         budget_bytes: bytes of payload in flight; None: no limit.
         dynamic: dims of every input tensor that may differ from the example's, such as ``(0,)``.
         check_finite: refuse frames that hold NaN or infinity.
+        max_batch: frames that run as one job where they wait at a stage: joined along the first dimension of every
+            tensor, each with its own result (a view of the batch's). Checked here: the model on two frames at once must
+            give what it gives on each. Not together with ``learner``.
+        max_wait: seconds that the first stage, when it could start, waits for a batch to become full; what ran together
+            there reaches the others together.
         warm_up: frames (copies of the example) sent through before the first real one at each opening.
         learner: a rule of `aiotime.learning`: the pipeline then learns from every `Sample` that has a target. The
             model keeps the mode (training or eval) it is in and is copied: read what was learned with `state_dict`.
@@ -115,6 +123,8 @@ class Pipeline:
         dynamic: Sequence[int] | None = None,
         check_finite: bool = False,
         warm_up: int = 0,
+        max_batch: int = 1,
+        max_wait: float = 0.0,
         learner: Rule | None = None,
         compile: str | None = None,
         name: str | None = None,
@@ -128,9 +138,16 @@ class Pipeline:
         self._set_up(depth, budget, budget_bytes, warm_up, name or type(model).__name__)
         self._spec: InputSpec | None = InputSpec(example, dynamic=dynamic)
         self._example = self._spec.check(example)
+        check_batching(self.name, max_batch, max_wait, "cat", of="frames")
+        if max_batch > 1 and learner is not None:
+            raise no_learning_in_batches(self.name)
         if learner is None:
             model.eval()
-        traced = trace(model, self._example, dynamic=dynamic)
+        traced = (
+            trace_for_batches(model, self._example, dynamic)
+            if max_batch > 1
+            else trace(model, self._example, dynamic=dynamic)
+        )
         if plan is None:
             found = default_devices() if devices is None else resolve_all(devices)
             plan = make_plan(traced, self._example, found, balance=balance, learner=learner, way=compile)
@@ -151,6 +168,7 @@ class Pipeline:
                 )
         self.plan: Plan | None = plan
         self._pieces: list[Piece] = traced.cut(plan.sizes)
+        joiners = layouts(model, self._pieces, self._example, dynamic) if max_batch > 1 else []
         specs = []
         for piece, planned, device in zip(self._pieces, plan.stages, plan.place(found), strict=True):
             device.place(piece.module)
@@ -160,13 +178,15 @@ class Pipeline:
             [spec.device for spec in specs],
             self._example,
             [stage.compiled for stage in plan.stages],
-            dynamic=dynamic,
+            dynamic=traced.dynamic,
             learning=learner is not None,
         )
         for spec, outcome in zip(specs, outcomes, strict=True):
             if outcome.program is not None:
                 spec.fn = spec.program = outcome.program
             _warn_of(spec.name, outcome.problems)
+        for spec, joiner in zip(specs, joiners, strict=False):
+            spec.batching = Batching(max_batch, 0.0 if spec is not specs[0] else max_wait, joiner)
         if check_finite:
             specs[0].fn = require_finite(specs[0].fn)
             specs[0].remake = require_finite
@@ -241,12 +261,18 @@ class Pipeline:
                     check_way(stage.compile, learning=learner is not None)
                     program = _program(stage, module, unique, device, learning=learner is not None)
                     fn = fn if program is None else program
-            policy = stage.on_error
+            policy, batching = stage.on_error, None
+            if stage.max_batch > 1:
+                if learner is not None:
+                    raise no_learning_in_batches(unique)
+                check_rows_apart(unique, stage.fn)
+                batching = Batching(stage.max_batch, stage.max_wait, Alike(unique, stage.group), fn)
             if isinstance(policy, Retry):
                 fn = with_retries(fn, policy, unique, device)
                 policy = policy.then
-            specs.append(StageSpec(unique, fn, device, stage.workers, policy, stage.timeout, remake=remake))
-            specs[-1].program = program
+            spec = StageSpec(unique, fn, device, stage.workers, policy, stage.timeout, batching, remake=remake)
+            spec.program = program
+            specs.append(spec)
         pipeline._teach(learner, specs)
         pipeline._finish(specs, None)
         return pipeline
@@ -797,6 +823,7 @@ class Pipeline:
                     queue_max=inbox.occupancy_max,
                     backward=[recorder for work in runner.works[1:] for recorder in work.recorders],
                     learning=course.lessons(index, elapsed) if course is not None else None,
+                    tally=runner.work.tally,
                 )
             )
         return Stats(
@@ -853,9 +880,15 @@ def _program(stage: Stage, module: torch.nn.Module, name: str, device: Device, *
     """What the stage's module is compiled to; None: it runs eagerly."""
     assert stage.compile is not None
     place = _torch_device(device, module)
+    examples = [stage.example]
+    if stage.max_batch > 1:
+        examples = [Alike(name, stage.group).join([stage.example] * rows) for rows in (1, 2)]
     outcome = compile_module(
         Spread(module),
-        [tree_map(lambda leaf: leaf.to(place) if isinstance(leaf, torch.Tensor) else leaf, stage.example)],
+        [
+            tree_map(lambda leaf: leaf.to(place) if isinstance(leaf, torch.Tensor) else leaf, value)
+            for value in examples
+        ],
         way=stage.compile,
         device=device,
         place=place,

@@ -254,6 +254,7 @@ class RunState:
             frame.settled
             or door.nbytes is not None
             or len(self.window) >= (self.limit or door.frames)
+            or (len(engine.runs) > 1 and self._has_its_share())
             or not door.take()
         ):
             return False
@@ -261,6 +262,12 @@ class RunState:
         self._live += 1
         engine.enter(frame)
         return True
+
+    def _has_its_share(self) -> bool:
+        """As much is in flight of this run as of each, were all of them as greedy."""
+        engine = self.engine
+        assert engine is not None
+        return self._live * len(engine.runs) >= engine.door.frames
 
     def _room(self) -> int:
         engine = self.engine
@@ -279,6 +286,11 @@ class RunState:
                     self._move_to_window()
                     continue
                 self._requested = True
+                if len(engine.runs) > 1 and self._has_its_share():
+                    # many credits may have come at once: the others' feeding tasks are about to ask, too
+                    engine.door.line_up(self, self)
+                    engine.loop.call_soon(engine.door.pump)
+                    return
                 if not engine.door.admit(self, self):
                     return
         finally:

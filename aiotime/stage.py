@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from aiotime.batching.joining import Group, check_batching
 from aiotime.channel import Channel
 from aiotime.compiling import check_way
 from aiotime.devices.base import Device, DeviceStream, Pending, Work
@@ -24,6 +25,7 @@ from aiotime.errors import ConfigurationError, FrameError
 from aiotime.frame import Frame
 
 if TYPE_CHECKING:
+    from aiotime.batching.desk import Batching
     from aiotime.compiling import Program
     from aiotime.learning.chimera import Fork, Replica
     from aiotime.learning.desk import Desk, Hands
@@ -82,14 +84,23 @@ class Stage:
             functions and modules without state.
         on_error: ``"raise"``, ``"skip"``, a callable ``(frame, error)``, or `retry`; None: what the run says.
         timeout: seconds after which a frame fails with `StageTimeout`. Python cannot end a running
-            function: its thread is left to itself and replaced.
-        compile: how to compile a module, see `aiotime.Pipeline`; frames that are not like ``example`` run eagerly.
-        example: what ``compile`` compiles for: a value as this stage gets it.
+            function: its thread is left to itself and replaced. With ``max_batch`` a batch has that long, and all of
+            its frames fail: nobody can tell which of them it was.
+        max_batch: frames of equal structure, dtype and shape that run as one call where they wait when the stage can
+            start. Each gets its own result, a view of the batch's. Row i of what ``fn`` returns must belong to row i of
+            what it was given. Where a batch fails its frames are run again one by one: only the guilty one fails.
+        max_wait: seconds that a stage which could start waits for the batch to become full.
+        group: ``"cat"`` joins along the first dimension there is (``fn`` gets what it would get without batches, only
+            larger; sizes of that dimension may differ); ``"stack"`` makes one, also for a batch of one frame.
+        compile: how to compile a module, see `aiotime.Pipeline`; values that are not like ``example`` run eagerly.
+        example: what ``compile`` compiles for: a value as this stage gets it (with ``max_batch``, one frame's).
 
     Example:
         >>> aiotime.Stage(str.upper, device="cpu:0", workers=2, on_error=aiotime.retry(3, backoff=0.01))
         Stage('upper', device='cpu:0', workers=2)
     """
+
+    _joins = "frames"  # what max_batch counts
 
     def __init__(
         self,
@@ -102,6 +113,9 @@ class Stage:
         timeout: float | None = None,
         compile: str | None = None,
         example: Any = None,
+        max_batch: int = 1,
+        max_wait: float = 0.0,
+        group: Group = "cat",
     ) -> None:
         if not callable(fn):
             raise ConfigurationError(f"a stage is made of a function or module, not of a {type(fn).__name__}")
@@ -123,6 +137,7 @@ class Stage:
                 f"stage {_name_of(fn)!r}: compile={compile!r} needs a torch.nn.Module and example=..., a value as this "
                 "stage gets it"
             )
+        check_batching(name or _name_of(fn), max_batch, max_wait, group, of=self._joins)
         self.fn = fn
         self.compile = compile
         self.example = example
@@ -131,9 +146,13 @@ class Stage:
         self.workers = workers
         self.on_error = on_error
         self.timeout = timeout
+        self.max_batch = max_batch
+        self.max_wait = max_wait
+        self.group: Group = group
 
     def __repr__(self) -> str:
-        return f"Stage({self.name!r}, device={self.device!r}, workers={self.workers})"
+        more = f", max_batch={self.max_batch}" if self.max_batch > 1 else ""
+        return f"Stage({self.name!r}, device={self.device!r}, workers={self.workers}{more})"
 
 
 @dataclass(slots=True)
@@ -146,11 +165,18 @@ class StageSpec:
     workers: int = 1
     on_error: OnError | None = None
     timeout: float | None = None
+    batching: Batching | None = None  # what it does with frames that wait
     hands: Hands | None = None  # what learns here
     order: Order | None = None  # and in which order
     replica: Replica | None = None  # of the same stage, for the pipeline in the other direction
     remake: Callable[[Any], Callable[[Any], Any]] | None = None  # ``fn`` of a copy of its module
     program: Program | None = None  # what its module was compiled to
+
+    def launches(self, depth: int, *, adaptive: bool) -> int:
+        """How many may be in flight. An adaptive ``depth`` leaves room for a batch that runs and one that gathers."""
+        if self.batching is not None and adaptive:
+            depth = max(depth, 2 * self.batching.most)
+        return depth * self.workers
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
@@ -308,7 +334,7 @@ class StageRunner:
                     launched.append(pending)
             if len(launched) < self.limit:
                 return
-        if len(launched) >= 8 * workers:
+        if len(launched) >= 8 * workers and self.spec.batching is None:  # with a batch many come back at once
             await launched[len(launched) // 2].finished()
         elif workers == 1:
             await launched[0].finished()

@@ -13,14 +13,12 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from aiotime.errors import DeadlineExceeded, FrameCancelled, FrameError, InputError, StageError
-from aiotime.observe.meter import LOOP_LANE, Recorder, Tracer
-
-if TYPE_CHECKING:
-    from aiotime.frame import Frame
+from aiotime.frame import NOBODY, Frame
+from aiotime.observe.meter import LOOP_LANE, Recorder, Tally, Tracer
 
 
 class Bell(Protocol):
@@ -28,6 +26,13 @@ class Bell(Protocol):
 
     def ring(self) -> None:
         """Wake the sleeper; any thread."""
+
+
+class Sleeper(Bell, Protocol):
+    """A bell with an alarm clock: whoever asks an agenda for a job."""
+
+    def ring_at(self, when: float) -> None:
+        """Wake by itself at ``when`` seconds on the stream's clock, if nobody rings before; on the stream's thread."""
 
 
 class Event(Protocol):
@@ -38,6 +43,24 @@ class Event(Protocol):
 
     def synchronize(self) -> None:
         """Block the calling thread (never the loop) until the device has passed the mark."""
+
+
+class Events:
+    """Several marks as one: passed when all of them are."""
+
+    __slots__ = ("events",)
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        self.events = events
+
+    def query(self) -> bool:
+        """True once the devices have passed all of them."""
+        return all(event.query() for event in self.events)
+
+    def synchronize(self) -> None:
+        """Block the calling thread until they have."""
+        for event in self.events:
+            event.synchronize()
 
 
 class Pending:
@@ -87,7 +110,19 @@ class Work:
         phase: "forward", "backward" or "weights" (the gradient of the weights alone).
     """
 
-    __slots__ = ("fn", "grad", "host_output", "index", "phase", "recorders", "stage", "starved", "timeout", "workers")
+    __slots__ = (
+        "fn",
+        "grad",
+        "host_output",
+        "index",
+        "phase",
+        "recorders",
+        "stage",
+        "starved",
+        "tally",
+        "timeout",
+        "workers",
+    )
 
     def __init__(
         self,
@@ -110,18 +145,25 @@ class Work:
         self.grad = grad
         self.phase = phase
         self.recorders: list[Recorder] = []  # one per worker, made by the stream the work is bound to
+        self.tally: Tally | None = None  # where frames wait for company
         self.starved: Callable[[], bool] = always  # idle now because nothing came (else: credits held downstream)
 
 
 # work, what it starts from, the frame it belongs to, its own result, and an action in place of the work
-Job = tuple[Work, Pending, "Frame", Pending, Callable[[], None] | None]
+Job = tuple[Work, Pending, Frame, Pending, Callable[[], None] | None]
+
+# from an agenda: what this token stood for has been done already, with an earlier one
+SERVED: Job = (Work(id, stage="", index=-1), Pending(done=True), Frame(NOBODY, -1, Pending(), 0.0), Pending(), None)
 
 
 class Agenda(Protocol):
-    """Jobs whose order is decided when they can run (learning: forwards against backwards)."""
+    """Jobs that are decided on when they can run (learning: forwards against backwards; which frames share one)."""
 
-    def take(self, bell: Bell) -> Job | None:
-        """The job to run now, on the stream's thread; None: ``bell`` rings when one may have become ready."""
+    def take(self, bell: Sleeper) -> Job | None:
+        """The job to run now, on the stream's thread; None: ``bell`` rings when one may have become ready.
+
+        `SERVED`: there is nothing to do for this one of ``jobs``.
+        """
 
     def poke(self) -> None:
         """Something was added to it; any thread."""
@@ -227,7 +269,7 @@ class DeviceStream(ABC):
 
     @abstractmethod
     def post(self, agenda: Agenda, jobs: int) -> bool:
-        """``agenda`` will have ``jobs`` more jobs for this stream's one worker. False once closed."""
+        """``agenda`` will have ``jobs`` more jobs for this stream. False once closed."""
 
     @abstractmethod
     def ring(self) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from aiotime.devices.base import (
+    SERVED,
     Agenda,
     Completions,
     Device,
@@ -45,6 +47,12 @@ class _Doorbell:
         except RuntimeError:
             pass  # the loop is closed: nobody waits
 
+    def ring_at(self, when: float) -> None:
+        stream = self._stream
+        if stream._alarm is not None:
+            stream._alarm.cancel()
+        stream._alarm = stream._completions.loop.call_later(max(0.0, when - stream._now()), stream.pump)
+
 
 class InlineStream(DeviceStream):
     """Runs each job at its launch, on the loop. It blocks the loop for as long as the job takes.
@@ -62,10 +70,10 @@ class InlineStream(DeviceStream):
         self._closed = False
         self._burst: torch.inference_mode | None = None
         self._ended: dict[int, float] = {}  # by stage: when its newest job ended
-        self._agenda: Agenda | None = None  # of stages that learn
-        self._awaited = 0  # jobs it has yet to give
+        self._awaited: deque[Agenda] = deque()  # once for each job that it has yet to give
         self._pumping = False
         self._doorbell = _Doorbell(self)
+        self._alarm: asyncio.TimerHandle | None = None
         self._gone: asyncio.Future[None] | None = None
 
     def bind(self, work: Work) -> None:
@@ -82,23 +90,23 @@ class InlineStream(DeviceStream):
     def post(self, agenda: Agenda, jobs: int) -> bool:
         if self._closed:
             return False
-        self._agenda = agenda
-        self._awaited += jobs
+        self._awaited.extend([agenda] * jobs)
         self.pump()
         return True
 
     def pump(self) -> None:
-        """Run what the agenda has ready."""
-        agenda = self._agenda
-        if self._pumping or agenda is None:
+        """Run what the agendas have ready."""
+        if self._pumping:
             return
         self._pumping = True
         try:
             while self._awaited:
-                job = agenda.take(self._doorbell)
+                job = self._awaited[0].take(self._doorbell)
                 if job is None:
                     return
-                self._awaited -= 1
+                self._awaited.popleft()
+                if job is SERVED:
+                    continue
                 work, up, frame, mine, action = job
                 if action is None:
                     self._run(work, up, frame, mine, None)
@@ -106,6 +114,7 @@ class InlineStream(DeviceStream):
                     self._act(work, up, frame, mine, action)
         finally:
             self._pumping = False
+            self.ring()
         if self._closed and self._gone is not None and not self._gone.done():
             self._gone.set_result(None)
 

@@ -36,7 +36,7 @@ from typing import Any
 
 from aiotime.devices.accelerator import Accelerator
 from aiotime.devices.backend import HOST, NOWHERE, RawStream
-from aiotime.devices.base import Event, Pending
+from aiotime.devices.base import Event, Events, Pending
 from aiotime.devices.marks import Mark
 from aiotime.devices.poller import Pace
 from aiotime.devices.staging import Ring, Slot, leaves, map_leaves
@@ -71,9 +71,9 @@ class Lane:
         if self.accelerator.broken:
             mine.error = self.accelerator.fault()
             return
-        before = self._on_device(up.event)
         value = up.value
         held: list[Any] = [value]
+        before = self._on_device(up.event, held)
         try:
             self.make_room()
             if before is not None:
@@ -124,10 +124,24 @@ class Lane:
 
     # ------------------------------------------------------------------ in
 
-    def _on_device(self, event: Event | None) -> Mark | None:
-        """The upstream's event where our streams can wait for it; any other is waited for here."""
+    def _on_device(self, event: Event | None, held: list[Any]) -> Mark | None:
+        """The upstream's event where our streams can wait for it; any other is waited for here.
+
+        Of several (a batch of frames from different launches) all but the last are waited for by the compute stream.
+        """
         if event is None:
             return None
+        if isinstance(event, Events):
+            *others, event = event.events
+            for each in others:
+                mark = self._on_device(each, held)
+                if mark is None:
+                    continue
+                if mark.host or mark.accelerator is not self.accelerator:  # read by other streams of ours, too
+                    mark.synchronize()
+                else:
+                    mark.hold_back(self.compute)
+                    held.append(mark)
         if isinstance(event, Mark) and event.accelerator.backend is self._backend:
             return event
         event.synchronize()

@@ -17,6 +17,7 @@ from itertools import count
 from typing import Any
 
 from aiotime.devices.base import (
+    SERVED,
     Agenda,
     Completions,
     Device,
@@ -143,6 +144,9 @@ class SimulatedStream(DeviceStream):
         else:  # a worker thread of another device settled our upstream
             self._completions.loop.call_soon_threadsafe(self._start_ready)
 
+    def ring_at(self, when: float) -> None:
+        self._clock.call_at(when, self._start_ready)
+
     def close(self) -> None:
         self._closed = True
         self._end_if_done()
@@ -179,6 +183,9 @@ class SimulatedStream(DeviceStream):
             job = head if isinstance(head, tuple) else head.take(self)
             if job is None:
                 return
+            if job is SERVED:
+                self._jobs.popleft()
+                continue
             work, up, frame, mine, action = job
             if not up.done:
                 if up.bell is not self:
@@ -264,7 +271,8 @@ class SimulatedDevice(Device):
 
     Args:
         index: the N in its name ``sim:N``.
-        seconds: per job, or a function ``(work, frame) -> seconds``.
+        seconds: per job, or a function ``(work, frame) -> seconds``; several frames that run as one job are one
+            `aiotime.batching.batch.Batch`, with the ``sizes`` of its frames.
         clock: the virtual clock it shares with its neighbours.
     """
 

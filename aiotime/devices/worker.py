@@ -20,9 +20,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from math import inf
 from typing import Any
 
 from aiotime.devices.base import (
+    SERVED,
     Agenda,
     Bell,
     Completions,
@@ -46,7 +48,7 @@ GRACE = 5.0  # seconds that join() waits for a worker that its stage's timeout g
 class Worker:
     """One thread of a stream; also the bell that wakes it."""
 
-    __slots__ = ("bells", "claim", "number", "parker", "retired", "since", "started", "thread")
+    __slots__ = ("alarm", "bells", "claim", "number", "parker", "retired", "since", "started", "thread")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -56,6 +58,7 @@ class Worker:
         self.since = 0.0  # start of the job that made the first of them
         self.claim: list[Job] = []  # the running job, where a timeout watches it: who pops it settles it
         self.started = 0.0
+        self.alarm = inf  # when to look again, set by the agenda that had nothing
         self.retired = False
         self.thread: threading.Thread | None = None
 
@@ -64,6 +67,9 @@ class Worker:
             self.parker.release()
         except RuntimeError:
             pass  # it has been rung already
+
+    def ring_at(self, when: float) -> None:
+        self.alarm = when
 
     def announce(self) -> None:
         bells = self.bells
@@ -258,6 +264,8 @@ class WorkerStream(DeviceStream):
                         job = None if job is None else self._take(worker, job)
                         if job is None:
                             return
+                        if job is SERVED:
+                            continue
                     work, up, frame, mine, action = job
                     if not up.done:
                         self._await(worker, up)
@@ -333,7 +341,9 @@ class WorkerStream(DeviceStream):
             worker.announce()
             start = time.perf_counter()
             while (job := agenda.take(worker)) is None:
-                if not worker.parker.acquire(timeout=ORPHAN_CHECK) and not threading.main_thread().is_alive():
+                patience = min(ORPHAN_CHECK, max(0.0, worker.alarm - time.perf_counter()))
+                worker.alarm = inf
+                if not worker.parker.acquire(timeout=patience) and not threading.main_thread().is_alive():
                     return None
             self._idled(worker, start, [True] * len(self._works))
         return job

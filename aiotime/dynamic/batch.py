@@ -12,16 +12,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from aiotime.batching.joining import check_divisible, flatten, join, no_tensor, part, unflatten
 from aiotime.dynamic.call import Call, unflattened
-from aiotime.errors import InputError
 
 if TYPE_CHECKING:
     from aiotime.dynamic.station import Station
 
 Grads = list[torch.Tensor | None]  # one per tensor
-_TENSOR = object()  # the place of a tensor among what a module returned
 
 
 class Batch:
@@ -80,17 +78,17 @@ class Batch:
         station, calls = self.station, self.calls
         if not station.batches:
             return [tensor.detach() for tensor in calls[0].tensors]
+        if station.cat:
+            self.sizes = [call.tensors[0].shape[0] if call.tensors else 1 for call in calls]
         with torch.no_grad():
-            if station.cat:
-                self.sizes = [call.tensors[0].shape[0] if call.tensors else 1 for call in calls]
-                return [torch.cat([call.tensors[at] for call in calls]) for at in range(len(calls[0].tensors))]
-            return [torch.stack([call.tensors[at] for call in calls]) for at in range(len(calls[0].tensors))]
+            columns = zip(*(call.tensors for call in calls), strict=True)
+            return [join(column, cat=station.cat) for column in columns]
 
     def parted(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         """The rows of what `joined` (or the module) made."""
         if not self.station.batches:
             return (tensor,)
-        return torch.split(tensor, self.sizes) if self.station.cat else tensor.unbind(0)
+        return part(tensor, self.sizes if self.station.cat else None)
 
     def dangling(self) -> list[bool]:
         """Which of the joined inputs somebody upstream wants a gradient of."""
@@ -126,30 +124,18 @@ class Batch:
         if isinstance(output, torch.Tensor):
             found, self.spec = [output], None
         else:
-            leaves, structure = pytree.tree_flatten(output)
-            found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-            self.spec = (structure, [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves])
+            structure, constants, found = flatten(output)
+            self.spec = (structure, constants)
         self._check(output, found)
         return found
 
     def _check(self, output: Any, found: list[torch.Tensor]) -> None:
         station = self.station
         if not found:
-            raise InputError(
-                f"stage {station.name!r} returned a {type(output).__name__} without any tensor; return tensors, and "
-                "turn them into numbers in the network's forward (.item())"
-            )
-        if not station.batches:
-            return
-        rows = sum(self.sizes) if station.cat else len(self.calls)
-        for tensor in found:
-            if tensor.dim() == 0 or tensor.shape[0] != rows:
-                what = "rows of all its calls" if station.cat else "calls"
-                raise InputError(
-                    f"stage {station.name!r} was given a batch of {rows} ({what} along the first dimension) and "
-                    f"returned a tensor of shape {tuple(tensor.shape)}, which cannot be divided among them; keep "
-                    "that dimension, or give the stage max_batch=1"
-                )
+            raise no_tensor(station.name, output, of="calls")
+        if station.batches:
+            rows = sum(self.sizes) if station.cat else len(self.calls)
+            check_divisible(station.name, found, rows, cat=station.cat, of="calls")
 
     def backward(self, seeds: Grads, *, last: bool) -> tuple[Grads, Grads]:
         """(gradients of what went in, gradients of the weights summed over the rows).
@@ -207,9 +193,8 @@ class Batch:
         """One call's result from its tensors."""
         if self.spec is None:
             return rows[0]
-        structure, others = self.spec
-        at = iter(rows)
-        return pytree.tree_unflatten([next(at) if other is _TENSOR else other for other in others], structure)
+        structure, constants = self.spec
+        return unflatten(structure, constants, rows)
 
     def forget(self) -> None:
         """Free the graph."""

@@ -13,8 +13,8 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from aiotime.batching.joining import check_constants, flatten, signature, unflatten
 from aiotime.errors import InputError
 
 if TYPE_CHECKING:
@@ -80,22 +80,8 @@ class Call:
         station, learning = self.station, self.instance.lesson is not None
         if not station.batches:
             return None
-        first = 1 if station.cat else 0
-        found: list[Hashable] = [learning, self.spec, constants]
-        for tensor in self.tensors:
-            if first and tensor.dim() == 0:
-                raise InputError(
-                    f'stage {station.name!r} joins its calls along their first dimension (group="cat"), and was given '
-                    "a tensor without dimensions"
-                )
-            found += (tensor.shape[first:], tensor.dtype, tensor.device)
-        if first and self.tensors and len({tensor.shape[0] for tensor in self.tensors}) > 1:
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors)
-            raise InputError(
-                f'stage {station.name!r} joins its calls along their first dimension (group="cat"), which must have '
-                f"the same size in every tensor of a call, not {shapes}"
-            )
-        return tuple(found)
+        found = signature(station.name, self.tensors, cat=station.cat, of="calls")
+        return (learning, self.spec, constants, found)
 
     def check_unchanged(self) -> None:
         """Raise where an input was changed in place between the call and its turn."""
@@ -114,21 +100,12 @@ class Call:
 
 def _flattened(station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any], Any]:
     """(structure and what stands in it beside tensors, tensors, what must be equal in a batch) of its arguments."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    constants = tuple((at, leaf) for at, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor))
-    for _, constant in constants:
+    flat = flatten((args, kwargs))
+    for _, constant in flat.constants:
         _check_constant(station, constant)
     if station.batches:
-        for _, constant in constants:
-            try:
-                hash(constant)
-            except TypeError:
-                raise InputError(
-                    f"stage {station.name!r} runs waiting calls as one batch and cannot do so with a "
-                    f"{type(constant).__name__}: hand in tensors (torch.as_tensor), or give the stage max_batch=1"
-                ) from None
-    same = tuple((type(leaf), leaf) for _, leaf in constants)  # 1, 1.0 and True are equal, and are not the same
-    return (spec, constants), [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], same
+        check_constants(station.name, flat.constants, of="calls")
+    return (flat.structure, flat.constants), flat.tensors, flat.same
 
 
 def _check_constant(station: Station, constant: Any) -> None:
@@ -150,8 +127,5 @@ def unflattened(spec: Any, tensors: list[Any]) -> tuple[tuple[Any, ...], dict[st
     if spec is _PLAIN:
         return tuple(tensors), {}
     structure, constants = spec
-    leaves: list[Any] = list(tensors)
-    for at, constant in constants:  # in order of position
-        leaves.insert(at, constant)
-    args, kwargs = pytree.tree_unflatten(leaves, structure)
+    args, kwargs = unflatten(structure, constants, tensors)
     return args, kwargs

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from aiotime.batching.joining import Group
 from aiotime.devices import resolve
 from aiotime.devices.base import Device
 from aiotime.dynamic.instance import CURRENT
@@ -22,8 +23,6 @@ from aiotime.stage import Stage as LinearStage
 
 if TYPE_CHECKING:
     from aiotime.dynamic.hands import Hands
-
-Group = Literal["stack", "cat"]
 
 
 class Replica:
@@ -80,6 +79,8 @@ class Stage(LinearStage):
         Stage('Linear', device='cpu:0', max_batch=8)
     """
 
+    _joins = "calls"
+
     def __init__(
         self,
         fn: Callable[..., Any],
@@ -94,16 +95,10 @@ class Stage(LinearStage):
         inbox: int = 4096,
     ) -> None:
         several = [device] if device is None or isinstance(device, str | Device) else list(device)
-        super().__init__(fn, device=several[0] if several else None, name=name)
-        whole_number("max_batch", max_batch, "a number of calls")
+        first = several[0] if several else None
+        super().__init__(fn, device=first, name=name, max_batch=max_batch, max_wait=max_wait, group=group)
         whole_number("average_every", average_every, "a number of updates")
         whole_number("inbox", inbox, "a number of calls")
-        if not max_wait >= 0:
-            raise ConfigurationError(f"stage {self.name!r}: max_wait is a number of seconds from 0, not {max_wait!r}")
-        if max_wait and max_batch == 1:
-            raise ConfigurationError(f"stage {self.name!r}: max_wait={max_wait} waits for company: set max_batch, too")
-        if group not in ("stack", "cat"):
-            raise ConfigurationError(f'stage {self.name!r}: group must be "stack" or "cat", not {group!r}')
         if replicas is None:
             replicas = len(several)
         if replicas < 1 or (len(several) > 1 and replicas != len(several)):
@@ -115,9 +110,6 @@ class Stage(LinearStage):
             raise ConfigurationError(f"stage {self.name!r}: only a module can have replicas, not a function")
         self.named = name is not None
         self.occupied: Any = None  # the open network that it is part of
-        self.max_batch = max_batch
-        self.max_wait = max_wait
-        self.group: Group = group
         self.average_every = average_every
         self.inbox = inbox
         devices = several * replicas if len(several) == 1 else several

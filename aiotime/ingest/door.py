@@ -80,8 +80,12 @@ class Door:
         if free and (self.nbytes is None or self._fits(entrant)):
             self._enter(entrant)
             return True
-        self._flows.setdefault(flow, deque()).append(entrant)
+        self.line_up(flow, entrant)
         return False
+
+    def line_up(self, flow: Hashable, entrant: Entrant) -> None:
+        """Let ``entrant`` in when its turn comes, even if there is room now; somebody will `pump`."""
+        self._flows.setdefault(flow, deque()).append(entrant)
 
     def withdraw(self, flow: Hashable, entrant: Entrant) -> bool:
         """Take ``entrant`` out of the queue; False when it is not there (any more)."""

@@ -85,9 +85,10 @@ def _diagnose_stage(stage: StageStats, stages: Sequence[StageStats]) -> str:
             f"device {stage.device!r} limits the stream: its stages {', '.join(map(repr, together))} are busy "
             f"{share(pressure(stage, stages))} together, {stage.name!r} the most ({share(stage.busy)})"
         )
+    what = "frame" if stage.batch_mean == 1 else f"batch of {stage.batch_mean:.1f}"
     return (
         f"stage {stage.name!r} limits the stream: busy {share(stage.busy)}, "
-        f"waiting for input {share(stage.blocked_input)}, {duration(stage.service_p50)} per frame"
+        f"waiting for input {share(stage.blocked_input)}, {duration(stage.service_p50)} per {what}"
     )
 
 

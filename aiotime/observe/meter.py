@@ -6,6 +6,8 @@ One `Recorder` belongs to one thread (or to the loop), so nothing here takes a l
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
+from threading import Lock
 from typing import Protocol
 
 LOOP_LANE = "loop"  # where a trace shows what the event loop does
@@ -56,6 +58,43 @@ def quantile(values: list[float], share: float) -> float:
         return 0.0
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+class FrameNumbers(int):
+    """The number of the first of several frames that were one job; `others` are those of the rest."""
+
+    others: tuple[int, ...]
+
+    @classmethod
+    def of(cls, first: int, others: Sequence[int]) -> int:
+        """``first`` itself where it was alone."""
+        if not others:
+            return first
+        made = cls(first)
+        made.others = tuple(others)
+        return made
+
+
+class Tally:
+    """What became of frames without a job of their own, at a stage where several run as one."""
+
+    __slots__ = ("_lock", "failed", "joined", "passed")
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self.joined = 0  # in the job of another
+        self.passed = 0  # failed upstream, cancelled, expired
+        self.failed = 0  # and are not counted with their job
+
+    def fail(self, frames: int) -> None:
+        """That many failed; any thread, unlike the others, which belong to whoever asks for jobs."""
+        if frames:
+            with self._lock:
+                self.failed += frames
 
 
 class Recorder:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from aiotime.errors import ConfigurationError
 from aiotime.observe.bottleneck import Limit, busiest, diagnose, find_limit
 from aiotime.observe.lessons import LESSON_COLUMNS, Lessons
-from aiotime.observe.meter import Recorder, quantile
+from aiotime.observe.meter import Recorder, Tally, quantile
 from aiotime.observe.tables import count, duration, rich_table, share, size, text_table
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class StageStats:
         name: the stage.
         device: where it runs.
         workers: how many frames it may work on at once.
-        frames: jobs done, failed ones included.
-        failed: jobs that raised or took too long.
+        frames: that it has worked on, failed ones included.
+        failed: frames for which it raised or took too long.
         busy: share of the time its workers were computing.
         blocked_input: share of the time they were idle because nothing came.
         blocked_output: share of the time they were idle because all credits were held downstream.
@@ -47,6 +47,7 @@ class StageStats:
         queue: frames that wait before the stage now.
         queue_mean: how many a frame found waiting there on its arrival, on average.
         queue_max: the most that ever waited there.
+        batch_mean: frames that ran as one job, on average; the service times are of jobs. 1.0 without ``max_batch``.
         learning: what it learned; None where it does not. Backwards and updates are part of ``busy``, and those that
             raised of ``failed``; the quantiles are of forwards.
     """
@@ -66,6 +67,7 @@ class StageStats:
     queue_mean: float
     queue_max: int
     learning: Lessons | None = None
+    batch_mean: float = 1.0
 
 
 def stage_stats(
@@ -79,11 +81,15 @@ def stage_stats(
     queue_max: int,
     backward: Sequence[Recorder] = (),
     learning: Lessons | None = None,
+    tally: Tally | None = None,
 ) -> StageStats:
     """Add up the recorders of one stage, one per worker, over ``elapsed`` seconds since the pipeline was opened.
 
-    ``backward``: those of its backward and weight jobs, which the same workers do.
+    ``backward``: those of its backward and weight jobs, which the same workers do. ``tally``: of frames that shared
+    jobs.
     """
+    jobs = sum(recorder.jobs for recorder in recorders)
+    joined, failed = (0, 0) if tally is None else (tally.joined, tally.failed)
     everything = [*recorders, *backward]
     spent = elapsed * len(recorders)
     service = sorted(seconds for recorder in recorders for seconds in recorder.service.values())
@@ -91,8 +97,8 @@ def stage_stats(
         name=name,
         device=device,
         workers=len(recorders),
-        frames=sum(recorder.jobs for recorder in recorders),
-        failed=sum(recorder.failed for recorder in everything),
+        frames=jobs + joined,
+        failed=sum(recorder.failed for recorder in everything) + failed,
         busy=_share(sum(recorder.busy for recorder in everything), spent),
         blocked_input=_share(sum(recorder.idle_input for recorder in recorders), spent),
         blocked_output=_share(sum(recorder.idle_output for recorder in recorders), spent),
@@ -103,6 +109,7 @@ def stage_stats(
         queue_mean=queue_mean,
         queue_max=queue_max,
         learning=learning,
+        batch_mean=(jobs + joined) / jobs if jobs else 1.0,
     )
 
 
@@ -233,7 +240,7 @@ class Stats:
         }
 
     def __str__(self) -> str:
-        tables = [text_table(STAGE_COLUMNS, self._rows(), left=2)]
+        tables = [text_table(self._columns(), self._rows(), left=2)]
         if lessons := self._lessons():
             tables += ["", text_table(LESSON_COLUMNS, lessons)]
         return "\n".join([*self._heading(), "", *tables, "", self.diagnosis])
@@ -243,7 +250,7 @@ class Stats:
         from rich.text import Text
 
         heading = Text("\n".join(self._heading()) + "\n")
-        tables: list[Table | Text] = [rich_table(STAGE_COLUMNS, self._rows(), left=2)]
+        tables: list[Table | Text] = [rich_table(self._columns(), self._rows(), left=2)]
         if lessons := self._lessons():
             tables += [Text(""), rich_table(LESSON_COLUMNS, lessons)]
         return Group(heading, *tables, Text("\n" + self.diagnosis, "bold"))
@@ -268,7 +275,15 @@ class Stats:
     def _lessons(self) -> list[list[str]]:
         return [stage.learning.row(stage.name) for stage in self.stages if stage.learning is not None]
 
+    @property
+    def _batches(self) -> bool:
+        return any(stage.batch_mean > 1 for stage in self.stages)
+
+    def _columns(self) -> tuple[str, ...]:
+        return (*STAGE_COLUMNS, "batch") if self._batches else STAGE_COLUMNS
+
     def _rows(self) -> list[list[str]]:
+        batches = self._batches
         return [
             [
                 stage.name,
@@ -281,6 +296,7 @@ class Stats:
                 duration(stage.service_p50),
                 duration(stage.service_p99),
                 count(stage.queue),
+                *([count(round(stage.batch_mean, 1))] if batches else []),
             ]
             for stage in self.stages
         ]
@@ -363,10 +379,17 @@ def _stage_since(now: StageStats, before: StageStats | None, elapsed: float, ear
         busy=between(now.busy, before.busy),
         blocked_input=between(now.blocked_input, before.blocked_input),
         blocked_output=between(now.blocked_output, before.blocked_output),
+        batch_mean=_batch_since(now, before),
         learning=None
         if now.learning is None or before.learning is None
         else now.learning.since(before.learning, elapsed, earlier),
     )
+
+
+def _batch_since(now: StageStats, before: StageStats) -> float:
+    """Frames per job of the time between."""
+    jobs = now.frames / now.batch_mean - before.frames / before.batch_mean
+    return (now.frames - before.frames) / jobs if jobs > 0.5 else 1.0
 
 
 def _mean_since(newer: float, older: float, elapsed: float, earlier: float) -> float:

@@ -24,13 +24,22 @@ PROCESS = 1  # the pid in the file: there is one process
 
 
 class Slice(NamedTuple):
-    """Something called ``name`` (a stage) occupied ``lane`` from ``start`` to ``end`` seconds, perhaps for a frame."""
+    """Something called ``name`` (a stage) occupied ``lane`` from ``start`` to ``end`` seconds, perhaps for a frame.
+
+    ``others``: the frames that were in the same batch as ``frame``.
+    """
 
     lane: str
     name: str
     start: float
     end: float
     frame: int | None = None
+    others: tuple[int, ...] = ()
+
+    @property
+    def frames(self) -> tuple[int, ...]:
+        """All frames that it was for."""
+        return () if self.frame is None else (self.frame, *self.others)
 
 
 # (running number, lane, name, start, end, frame); an instant has no end; a counter no lane, its value stands for frame
@@ -152,21 +161,20 @@ def flows(slices: Iterable[Slice]) -> list[list[Slice]]:
     had: dict[tuple[int, str], int] = {}
     of_index: dict[int, list[list[Slice]]] = {}
     for piece in sorted(slices, key=lambda piece: piece.start):
-        if piece.frame is None:
-            continue
-        same = of_index.setdefault(piece.frame, [])
-        nth = had.get((piece.frame, piece.name), 0)
-        had[piece.frame, piece.name] = nth + 1
-        if nth == len(same):
-            same.append([])
-            found.append(same[nth])
-        same[nth].append(piece)
+        for frame in piece.frames:
+            same = of_index.setdefault(frame, [])
+            nth = had.get((frame, piece.name), 0)
+            had[frame, piece.name] = nth + 1
+            if nth == len(same):
+                same.append([])
+                found.append(same[nth])
+            same[nth].append(piece)
     return found
 
 
 def _slices(events: Iterable[Event]) -> list[Slice]:
     found = [
-        Slice(lane, name, start, end, None if frame is None else int(frame))
+        Slice(lane, name, start, end, None if frame is None else int(frame), getattr(frame, "others", ()))
         for _, lane, name, start, end, frame in events
         if lane is not None and end is not None
     ]
@@ -201,8 +209,14 @@ def _complete(piece: Slice, threads: dict[str, int], zero: float) -> dict[str, A
         "ts": start,
         # from rounded ends, or a slice would reach a nanosecond into its neighbour
         "dur": max(0.0, round(_micros(piece.end, zero) - start, 3)),
-        "args": {"frame": piece.frame} if piece.frame is not None else {},
+        "args": _frames(piece),
     }
+
+
+def _frames(piece: Slice) -> dict[str, Any]:
+    if piece.frame is None:
+        return {}
+    return {"frame": piece.frame, "batch": list(piece.frames)} if piece.others else {"frame": piece.frame}
 
 
 def _other(event: Event, threads: dict[str, int], zero: float) -> dict[str, Any]:

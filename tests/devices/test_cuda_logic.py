@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from aiotime.batching.joining import Alike
 from aiotime.devices import resolve
 from aiotime.devices.accelerator import Accelerator
 from aiotime.devices.backend import HOST, TorchBackend, torch_backend
@@ -523,3 +524,23 @@ def test_the_streams_name_is_its_label() -> None:
     assert isinstance(stream, AcceleratorStream)
     assert stream.name == "model@pretend:0"
     loop.close()
+
+
+@pytest.mark.asyncio
+async def test_frames_share_a_job_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch is joined on the host, copied and launched once, and divided behind its one copy back."""
+    monkeypatch.setattr(Alike, "check", lambda self, output, sizes: None)  # pretended arrays are no tensors
+    backend = PretendBackend(1)
+    launches: list[int] = []
+
+    def fn(x: Any) -> Any:
+        launches.append(x.like.shape[0])
+        return x * 2 + 1
+
+    stage = Stage(fn, device=AcceleratorDevice("pretend", backend=backend), max_batch=4, max_wait=0.001)
+    async with Pipeline.from_stages([stage], depth=8) as pipeline:
+        outputs = [pred.output async for pred in pipeline.run([torch.full((1, 2), float(i)) for i in range(16)])]
+    assert all(torch.equal(output, torch.full((1, 2), 2.0 * i + 1)) for i, output in enumerate(outputs))
+    assert sum(launches) == 16
+    assert max(launches) > 1
+    assert backend.violations == []

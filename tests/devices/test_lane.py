@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiotime.devices.accelerator import Accelerator
-from aiotime.devices.base import Pending
+from aiotime.devices.base import Events, Pending
 from aiotime.devices.lane import AHEAD, Lane
 from aiotime.devices.marks import Mark
 from aiotime.devices.pretend import POISON, PretendArray, PretendBackend
@@ -516,3 +516,25 @@ def test_leaves_are_walked_in_every_container() -> None:
     same = map_leaves(lambda leaf: leaf, value)
     assert type(same["b"]) is Pair
     assert same["a"][1][0] is value["a"][1][0]
+
+
+# ---------------------------------------------------------------------- a batch of frames from several launches
+
+
+def test_a_batch_waits_for_the_launches_of_all_its_frames() -> None:
+    """Values of three launches (same device, another, on their way to the host) in one job: each read once written."""
+    backend = PretendBackend(2)
+    first, second, other = lane_on(backend), lane_on(backend), lane_on(backend, 1)
+    host = torch.arange(3.0)
+    near = launch(first, double, ready(host), host_output=False)
+    far = launch(other, double, ready(host + 1), host_output=False)
+    home = launch(other, double, ready(host + 2))
+    up = Pending([near.value, far.value, home.value], done=True)
+    assert near.event is not None and far.event is not None and home.event is not None
+    up.event = Events([near.event, home.event, far.event])
+    joined = launch(second, lambda rows: rows[0] + rows[1] + rows[2], up)
+    del near, far, home, up
+    assert torch.equal(read(joined), double(host) + double(host + 1) + double(host + 2))
+    assert backend.violations == []
+    for lane in (first, second, other):
+        lane.close()
