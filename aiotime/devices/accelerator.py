@@ -4,18 +4,29 @@ Creating and destroying an event costs 20 times what taking it from a pool costs
 lock under load. Streams are pooled by role because the caching allocator keeps freed memory per stream: a pipeline
 that is opened anew finds the memory of the one before.
 
+A graph capture is void as soon as anybody waits for the whole device, on any thread and in every capture mode. So both
+take one lock, `Accelerator.quiet`. What user code does it does without the lock: a capture in CUDA's default mode
+forbids other threads even to ask an event, and what they are told then says nothing about the device.
+
 Not yet run on a GPU.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import deque
-from typing import Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Literal
 
-from aiotime.devices.backend import Backend, RawEvent, RawStream
+from aiotime.devices.backend import Backend, Graph, RawEvent, RawStream
 from aiotime.errors import BrokenError
 
-Role = Literal["compute", "in", "out", "peer", "measure"]
+Role = Literal["compute", "in", "out", "peer", "measure", "capture"]
+
+RETRY = 1e-3  # seconds between two tries to wait while somebody's capture forbids it
+LONGEST_CAPTURE = 60.0  # seconds after which a capture that forbids waiting counts as a failure
 
 
 class Accelerator:
@@ -26,6 +37,7 @@ class Accelerator:
         self.index = index
         self.name = f"{backend.kind}:{index}"
         self.links: dict[int, tuple[float, float]] = {}  # see links.py
+        self.quiet = threading.RLock()  # held around a capture, and while the whole device is waited for
         self._cause: BaseException | None = None
         self._events: deque[RawEvent] = deque()
         self._streams: dict[Role, deque[RawStream]] = {}
@@ -54,11 +66,61 @@ class Accelerator:
         try:
             return self._streams.setdefault(role, deque()).pop()
         except IndexError:
-            return self.backend.new_stream(self.index)
+            return self.backend.new_stream(self.index, shared=role != "capture")
 
     def return_stream(self, role: Role, stream: RawStream) -> None:
         """``stream`` has run empty."""
         self._streams.setdefault(role, deque()).append(stream)
+
+    @contextmanager
+    def lent(self, role: Role) -> Iterator[RawStream]:
+        """A stream for the time of a ``with``, which waits for what was queued on it."""
+        stream = self.borrow(role)
+        try:
+            yield stream
+        finally:
+            with suppress(Exception):  # of a lost device, say: the caller has been told
+                stream.synchronize()
+                self.return_stream(role, stream)
+
+    # ------------------------------------------------------------------ waiting and capturing
+
+    def has_passed(self, event: RawEvent) -> bool:
+        """Asks ``event``. Not yet, where a capture of somebody else forbids to ask."""
+        try:
+            return event.query()
+        except Exception as error:
+            if self.backend.forbidden(error):
+                return False
+            raise
+
+    def wait_for(self, event: RawEvent) -> None:
+        """Block the thread until ``event`` has passed."""
+        self._patiently(event.synchronize)
+
+    def settle(self) -> None:
+        """Block the thread until the device has nothing left to do, on any stream."""
+        with self.quiet:
+            self._patiently(lambda: self.backend.synchronize(self.index))
+
+    def capture(self, call: Callable[[], Any], stream: RawStream) -> tuple[Graph, Any]:
+        """What ``call`` queues, as a graph, and what it returns. Nobody else may use ``stream``.
+
+        PyTorch keeps one scratch memory of cuBLAS per stream and lets go of it with the first graph of that stream that
+        dies; so a stream has one graph at a time.
+        """
+        with self.quiet:
+            return self.backend.capture(call, stream)
+
+    def _patiently(self, wait: Callable[[], None]) -> None:
+        until = time.monotonic() + LONGEST_CAPTURE
+        while True:
+            try:
+                return wait()
+            except Exception as error:
+                if not self.backend.forbidden(error) or time.monotonic() > until:
+                    raise
+            time.sleep(RETRY)
 
     # ------------------------------------------------------------------ life
 

@@ -12,18 +12,25 @@ Not yet run on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from aiotime.devices.supply import Supply
+
 if TYPE_CHECKING:
     from aiotime.devices.accelerator import Accelerator
 
 HOST = -1  # of `Backend.where`: in the host's memory
 NOWHERE = -2  # of `Backend.where`: not an array; it travels as it is
+FORBIDDEN = {  # what CUDA answers while a capture forbids the question; the device is well
+    900: "operation not permitted when stream is capturing",
+    901: "operation failed due to a previous error during capture",
+    906: "operation would make the legacy stream depend on a capturing blocking stream",
+}
 
 
 class RawEvent(Protocol):
@@ -52,6 +59,13 @@ class RawStream(Protocol):
         """Block the thread until the queue is empty."""
 
 
+class Graph(Protocol):
+    """Work that was captured, to be queued as a whole. What it computes in belongs to it."""
+
+    def replay(self) -> None:
+        """Queue it on the current stream of its device."""
+
+
 class Backend(Protocol):
     """An accelerator's runtime. Copies are queued on the current stream of the devices that take part."""
 
@@ -67,8 +81,12 @@ class Backend(Protocol):
     def describe(self, index: int) -> str:
         """The device's model, the same for devices of the same speed."""
 
-    def new_stream(self, index: int) -> RawStream:
-        """A stream on device ``index``. Never for one use: cached memory would be stranded on it."""
+    def new_stream(self, index: int, *, shared: bool = True) -> RawStream:
+        """A stream on device ``index``. Never for one use: cached memory would be stranded on it.
+
+        Where the runtime has no more of them, one that was given out before, unless ``shared`` is False: then it raises
+        RuntimeError. One given out with ``shared=False`` is never given out again.
+        """
 
     def new_event(self, *, timing: bool = False) -> RawEvent:
         """An event whose ``synchronize`` sleeps rather than spins; with ``timing`` it may spin."""
@@ -77,7 +95,19 @@ class Backend(Protocol):
         """Make ``streams`` current for this thread, and the device of the last one. Never across an await."""
 
     def synchronize(self, index: int) -> None:
-        """Block the thread until the device has nothing left to do, on any stream."""
+        """Block the thread until the device has nothing left to do, on any stream. Not while anybody captures on it."""
+
+    def current(self, index: int) -> RawStream:
+        """The calling thread's current stream of device ``index``."""
+
+    def capture(self, call: Callable[[], Any], stream: Any) -> tuple[Graph, Any]:
+        """Run ``call`` with what it queues kept in a graph instead of run, and with ``stream`` current.
+
+        Waits of other threads for single events and streams go on meanwhile; a wait for the whole device voids it.
+        """
+
+    def forbidden(self, error: BaseException) -> bool:
+        """Does ``error`` say only that somebody is capturing, so that this may not be asked now?"""
 
     def where(self, leaf: Any) -> int:
         """The index of the device of this kind that holds ``leaf``, or HOST, or NOWHERE."""
@@ -128,6 +158,7 @@ class TorchBackend:
         self._module: Any = torch.get_device_module(kind)
         if kind == "cpu" or not hasattr(self._module, "Stream"):
             raise AttributeError(f"torch.{kind} has no streams")
+        self._supply = Supply(self._module, kind)
 
     def count(self) -> int:
         return int(self._module.device_count()) if self._module.is_available() else 0
@@ -140,9 +171,8 @@ class TorchBackend:
     def describe(self, index: int) -> str:
         return str(self._module.get_device_name(index))
 
-    def new_stream(self, index: int) -> RawStream:
-        stream: RawStream = self._module.Stream(device=torch.device(self.kind, index))
-        return stream
+    def new_stream(self, index: int, *, shared: bool = True) -> RawStream:
+        return self._supply.new(index, shared=shared)
 
     def new_event(self, *, timing: bool = False) -> RawEvent:
         options: dict[str, bool] = {"enable_timing": timing}
@@ -166,6 +196,27 @@ class TorchBackend:
 
     def synchronize(self, index: int) -> None:
         self._module.synchronize(torch.device(self.kind, index))
+
+    def current(self, index: int) -> RawStream:
+        stream: RawStream = self._module.current_stream(torch.device(self.kind, index))
+        return stream
+
+    def capture(self, call: Callable[[], Any], stream: Any) -> tuple[Graph, Any]:
+        # not ``torch.cuda.graph``: it waits for the whole device and gives all cached memory back first
+        graph = self._module.CUDAGraph()
+        with self.on(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                result = call()
+            finally:
+                graph.capture_end()
+        return graph, result
+
+    def forbidden(self, error: BaseException) -> bool:
+        code = getattr(error, "error_code", None)
+        if code is not None:
+            return code in FORBIDDEN
+        return isinstance(error, RuntimeError) and any(said in str(error) for said in FORBIDDEN.values())
 
     def where(self, leaf: Any) -> int:
         if not isinstance(leaf, torch.Tensor):
@@ -219,7 +270,7 @@ class TorchBackend:
 
     def place(self, module: Any, index: int) -> Any:
         module = module.to(torch.device(self.kind, index))
-        self.synchronize(index)  # it was copied on the caller's stream and will be read on others
+        self.current(index).synchronize()  # it was copied on the caller's stream and will be read on others
         return module
 
 

@@ -63,11 +63,10 @@ class AcceleratorStream(WorkerStream):
         """
 
         def alone() -> None:
-            backend, index = self._accelerator.backend, self._accelerator.index
-            backend.synchronize(index)
-            with backend.on(self._lane().compute):
+            self._accelerator.settle()
+            with self._accelerator.backend.on(self._lane().compute):
                 action()
-            backend.synchronize(index)
+            self._accelerator.settle()
 
         return alone
 
@@ -92,6 +91,7 @@ class AcceleratorStream(WorkerStream):
 
     def perform(self, work: Work, up: Pending, mine: Pending, worker: Worker) -> None:
         lane = self._lane()
+        lane.before_sleep = worker.announce
         if work.grad:
             with torch.inference_mode(mode=False):
                 lane.run(work.fn, up, mine, host_output=work.host_output)
@@ -101,6 +101,7 @@ class AcceleratorStream(WorkerStream):
     def _take(self, worker: Worker, agenda: Agenda) -> Job | None:
         lane: Lane | None = getattr(self._own, "lane", None)
         if lane is not None:
+            lane.before_sleep = worker.announce
             try:
                 lane.make_room()  # first, so that the agenda decides with the gradients that have come by then
             except BrokenError:
@@ -120,7 +121,7 @@ class AcceleratorStream(WorkerStream):
         lane: Lane | None = getattr(self._own, "lane", None)
         if lane is None:  # with the first job, so that a failure is that job's
             # weights were copied and optimizers made on other streams, which those of the lane do not wait for
-            self._accelerator.backend.synchronize(self._accelerator.index)
+            self._accelerator.settle()
             pace = Pace(threading.current_thread().name)
             lane = self._own.lane = Lane(self._accelerator, pace=pace)
             self._paces.append(pace)
@@ -164,12 +165,12 @@ class AcceleratorDevice(Device):
         return AcceleratorStream(label or self.name, completions, self._accelerator, workers=workers)
 
     def place(self, module: Any) -> Any:
-        return self._backend.place(module, self.index)
+        with self._accelerator.quiet:
+            return self._backend.place(module, self.index)
 
     def measure(self, fn: Callable[[Any], Any], value: Any, *, seconds: float = 0.05) -> tuple[float, Any]:
         """Seconds between two results of a steady stream of calls: launches and kernels overlap as in a pipeline."""
         backend, index = self._backend, self.index
-        stream = self._accelerator.borrow("measure")
         start, end = backend.new_event(timing=True), backend.new_event(timing=True)
 
         def timed(calls: int) -> float:
@@ -183,7 +184,7 @@ class AcceleratorDevice(Device):
         def bring(leaf: Any) -> Any:
             return leaf if backend.where(leaf) in (index, NOWHERE) else backend.send(leaf, index)
 
-        with torch.inference_mode(), backend.on(stream):
+        with self._accelerator.lent("measure") as stream, torch.inference_mode(), backend.on(stream):
             value = map_leaves(bring, value)
             result = fn(value)  # loads kernels, tunes algorithms
             stream.synchronize()
@@ -193,7 +194,6 @@ class AcceleratorDevice(Device):
             spent = [timed(calls) for _ in range(3)]
             while time.perf_counter() < until:
                 spent.append(timed(calls))
-        self._accelerator.return_stream("measure", stream)
         return median(spent), result
 
     def transfer_seconds(self, nbytes: int, to: Device) -> float:

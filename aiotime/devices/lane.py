@@ -45,12 +45,21 @@ from aiotime.errors import BrokenError
 AHEAD = 4  # launches that the device has not finished
 
 
+def _nothing() -> None:
+    pass
+
+
 class Lane:
-    """One thread's way onto ``accelerator``; every method is called on that thread."""
+    """One thread's way onto ``accelerator``; every method is called on that thread.
+
+    Attributes:
+        before_sleep: called whenever the launcher is about to sleep, so that it keeps no news to itself meanwhile.
+    """
 
     def __init__(self, accelerator: Accelerator, *, pace: Pace | None = None, ahead: int = AHEAD) -> None:
         self.accelerator = accelerator
         self.pace = pace
+        self.before_sleep: Callable[[], None] = _nothing
         self.compute = accelerator.borrow("compute")
         self._backend = accelerator.backend
         self._index = accelerator.index
@@ -144,7 +153,7 @@ class Lane:
                     held.append(mark)
         if isinstance(event, Mark) and event.accelerator.backend is self._backend:
             return event
-        event.synchronize()
+        self._sleep_for(event)
         return None
 
     def _bring(self, value: Any, before: Mark | None, held: list[Any]) -> Any:
@@ -157,8 +166,8 @@ class Lane:
         slot: Slot | None = None
         if HOST in places:
             if before is not None and before.host:
-                before.synchronize()  # the device is still writing what we are about to read
-            slot = self._ring.take()
+                self._sleep_for(before)  # the device is still writing what we are about to read
+            slot = self._ring.take(self.before_sleep)
         if self._copy_in is None:
             self._copy_in = self.accelerator.borrow("in")
         sources = [self._peer(place) for place in places if place != HOST]
@@ -232,8 +241,13 @@ class Lane:
         if self.accelerator.broken:
             raise self.accelerator.fault()
         while len(self._flights) >= self._ahead:
-            self._flights[0].synchronize()
+            self._sleep_for(self._flights[0])
             self._flights.popleft()
+
+    def _sleep_for(self, event: Event) -> None:
+        if not event.query():
+            self.before_sleep()
+            event.synchronize()
 
     def _failed(self, cause: BaseException, before: Mark | None, held: list[Any], mine: Pending) -> None:
         """Hold what the work queued before the failure still reads. A device that takes no more is lost,

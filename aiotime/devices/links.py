@@ -34,14 +34,13 @@ def line(small: tuple[int, float], large: tuple[int, float]) -> tuple[float, flo
 
 def _measure(accelerator: Accelerator, other: int, nbytes: int) -> float:
     backend, index = accelerator.backend, accelerator.index
-    stream = accelerator.borrow("measure")
     start, end = backend.new_event(timing=True), backend.new_event(timing=True)
-    here, there = backend.blank(nbytes, index), backend.blank(nbytes, other)
-    backend.synchronize(index)
-    if other != HOST:
-        backend.synchronize(other)
     slowest = 0.0
-    with backend.on(stream):
+    with accelerator.lent("measure") as stream, backend.on(stream):
+        here, there = backend.blank(nbytes, index), backend.blank(nbytes, other)
+        backend.current(index).synchronize()
+        if other != HOST:
+            backend.current(other).synchronize()
         for outward in (True, False):
             for timed in (False, True):
                 if timed:
@@ -57,5 +56,4 @@ def _measure(accelerator: Accelerator, other: int, nbytes: int) -> float:
                     stream.record_event(end)
                 stream.synchronize()
             slowest = max(slowest, start.elapsed_time(end) / 1000 / COPIES)
-    accelerator.return_stream("measure", stream)
     return slowest

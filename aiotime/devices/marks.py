@@ -58,11 +58,11 @@ class Mark:
         stream.record_event(self._event)
 
     def query(self) -> bool:
-        """Has the device got here? Raises BrokenError when the device has failed."""
+        """Has the device got here, as far as one may ask? Raises BrokenError when the device has failed."""
         if self.passed:
             return True
         try:
-            passed = self._event.query()
+            passed = self.accelerator.has_passed(self._event)
         except Exception as cause:
             raise self._lost(cause) from cause
         if passed:
@@ -74,7 +74,7 @@ class Mark:
         if self.passed:
             return
         try:
-            self._event.synchronize()
+            self.accelerator.wait_for(self._event)
         except Exception as cause:
             raise self._lost(cause) from cause
         self._release()

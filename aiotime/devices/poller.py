@@ -9,7 +9,8 @@
 Why a ladder: a timer cannot do it (any sleep between 0 and 1 ms lasts about 1 ms on asyncio and spins on uvloop). Turns
 of ``sleep(0)`` see an event within microseconds but burn the core, so they are for short waits only; a thread
 in ``synchronize()`` of a blocking event costs a thread switch (10-20 µs) and nothing while it waits.
-How long to spin is learnt per queue of events (`Pace`); above `SPIN_LIMIT` there is no spinning at all.
+How long to spin is learnt per queue of events (`Pace`), from the time that an event took after the one before it:
+what it waited behind others says how many there are, not how long they take. Above `SPIN_LIMIT` there is no spinning.
 
 One waiter thread per queue of events, not per device: events of one queue pass in order, so waiting in order is
 right; events of two queues do not, and the short stage's would be stuck behind the long one's. A waiter ends when
@@ -39,13 +40,23 @@ Told = Callable[[BaseException | None], None]
 
 
 class Pace:
-    """How long waits for one queue of events last lately. Its owner attaches it to its events as ``event.pace``."""
+    """How long the events of one queue take lately. Its owner attaches it to them as ``event.pace``."""
 
-    __slots__ = ("__weakref__", "expected", "name")
+    __slots__ = ("__weakref__", "expected", "name", "newest")
 
     def __init__(self, name: str = "events") -> None:
         self.name = name
-        self.expected = 0.0  # seconds, a moving average
+        self.expected = 0.0  # seconds from one to the next, or from watched to told; a moving average
+        self.newest = 0.0  # when the last one was told
+
+    def told(self, watched: float, now: float) -> None:
+        """One that has been watched since ``watched`` is told."""
+        self.learn(now - max(watched, self.newest))
+        self.newest = now
+
+    def until(self, watched: float) -> float:
+        """When to stop spinning for the next one."""
+        return max(watched, self.newest) + self.patience()
 
     def learn(self, seconds: float) -> None:
         self.expected += (seconds - self.expected) / 8
@@ -58,14 +69,13 @@ class Pace:
 class Watch:
     """One event and who wants to know."""
 
-    __slots__ = ("event", "pace", "since", "told", "until")
+    __slots__ = ("event", "pace", "since", "told")
 
     def __init__(self, event: Event, told: Told, pace: Pace, since: float) -> None:
         self.event = event
         self.told = told
         self.pace = pace
         self.since = since
-        self.until = since + pace.patience()
 
 
 class Poller:
@@ -98,7 +108,7 @@ class Poller:
         watch = Watch(event, told, pace, self._now())
         if self._settled(watch):
             return
-        if watch.until > watch.since:
+        if pace.patience() > 0.0:
             self._spinning.setdefault(pace, deque()).append(watch)
             if self._task is None:
                 loop = asyncio.get_running_loop()
@@ -146,7 +156,7 @@ class Poller:
                 watch = queue[0]
                 passed, error = _ask(watch.event)
                 if not passed:
-                    if now >= watch.until:
+                    if now >= pace.until(watch.since):
                         self._park_all(pace)
                     break
                 queue.popleft()
@@ -190,7 +200,7 @@ class Poller:
             self._tell(watch, error)
 
     def _tell(self, watch: Watch, error: BaseException | None) -> None:
-        watch.pace.learn(self._now() - watch.since)
+        watch.pace.told(watch.since, self._now())
         try:
             watch.told(error)
         except Exception as failure:

@@ -12,6 +12,8 @@ It is made to catch the mistakes that corrupt data on a GPU without a word:
 - A pinned copy target holds `POISON` until its copy has run; refilling a pinned buffer that a queued copy still
   reads is a violation.
 - A copy between devices runs on the source's current stream with a barrier on both sides, as PyTorch does it.
+- Captures are voided as CUDA voids them (`aiotime.devices.pretend_captures`); what another thread queues on a capturing
+  stream lands in the graph, which is a violation.
 
 Arrays on a device are `PretendArray`: they know ``+``, ``*`` and `apply`.
 """
@@ -27,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aiotime.devices.backend import HOST, NOWHERE
+from aiotime.devices.pretend_captures import Captures, PretendGraph, Refused
 
 if TYPE_CHECKING:
     from aiotime.devices.accelerator import Accelerator
@@ -53,7 +56,10 @@ class PretendStream:
     def push(self, effect: Callable[[], None], ready: Callable[[], bool] | None = None) -> None:
         self.backend.check()
         with self.backend.lock:
-            self.queue.append((ready, effect))
+            capture = self.backend.captures.on(self)
+            (self.queue if capture is None else capture.operations).append((ready, effect))
+            if capture is not None and capture.thread != threading.get_ident():
+                self.backend.violations.append("another thread's work landed in a graph")
 
     def record_event(self, event: PretendEvent) -> PretendEvent:
         with self.backend.lock:
@@ -67,6 +73,7 @@ class PretendStream:
             self.push(_nothing, lambda: event.reached >= awaited)
 
     def synchronize(self) -> None:
+        self.backend.captures.wait_for_stream(self)
         self.backend.run_until(lambda: not self.queue)
 
 
@@ -87,6 +94,7 @@ class PretendEvent:
 
     def query(self) -> bool:
         self.backend.check()
+        self.backend.captures.ask_event()
         if self.reached < self.recorded:
             for _ in range(self.backend.steps_per_query):
                 self.backend.step()
@@ -94,6 +102,7 @@ class PretendEvent:
         return self.reached >= self.recorded
 
     def synchronize(self) -> None:
+        self.backend.captures.ask_event()
         self.backend.run_until(lambda: self.reached >= self.recorded)
 
     def elapsed_time(self, end: PretendEvent) -> float:
@@ -208,6 +217,7 @@ class PretendBackend:
         self.lock = threading.RLock()
         self.events = 0  # made so far
         self.streams: list[PretendStream] = []
+        self.captures = Captures()
         self._defaults = [self.new_stream(index) for index in range(count)]
         self._thread = threading.local()
         self._pinned: dict[int, torch.Tensor] = {}  # by address; kept, so that no address comes twice
@@ -266,7 +276,7 @@ class PretendBackend:
     def describe(self, index: int) -> str:
         return "Imagined Model 1"
 
-    def new_stream(self, index: int) -> PretendStream:
+    def new_stream(self, index: int, *, shared: bool = True) -> PretendStream:
         with self.lock:
             stream = PretendStream(self, index)
             self.streams.append(stream)
@@ -291,7 +301,18 @@ class PretendBackend:
             self._thread.current = before
 
     def synchronize(self, index: int) -> None:
+        self.captures.wait_for_device(index)
         self.run_until(lambda: not any(stream.queue for stream in self.streams if stream.index == index))
+
+    def capture(
+        self, call: Callable[[], Any], stream: PretendStream, *, mode: str = "thread_local"
+    ) -> tuple[PretendGraph, Any]:
+        with self.captures.record(stream, mode) as capture, self.on(stream):
+            result = call()
+        return PretendGraph(stream, capture.operations), result
+
+    def forbidden(self, error: BaseException) -> bool:
+        return isinstance(error, Refused)
 
     def where(self, leaf: Any) -> int:
         if isinstance(leaf, PretendArray):

@@ -26,6 +26,10 @@ from aiotime.devices.accelerator import Accelerator
 SLOTS = 4
 
 
+def _nothing() -> None:
+    pass
+
+
 class Slot:
     """Pinned memory for the arrays of one frame, and the event behind their copies."""
 
@@ -66,14 +70,18 @@ class Ring:
         self._limit = slots
         self._slots: deque[Slot] = deque()  # least lately taken first
 
-    def take(self) -> Slot:
+    def take(self, before_sleep: Callable[[], None] = _nothing) -> Slot:
         """A slot whose copies are done; the taker records its event behind the new ones, whatever happens."""
-        slots = self._slots
-        if slots and (slots[0].event.query() or len(slots) >= self._limit):
+        slots, accelerator = self._slots, self._accelerator
+        if slots and accelerator.has_passed(slots[0].event):
             slot = slots.popleft()
-            slot.event.synchronize()
+        elif len(slots) >= self._limit:
+            slot = slots[0]
+            before_sleep()
+            accelerator.wait_for(slot.event)
+            slots.popleft()
         else:
-            slot = Slot(self._accelerator)
+            slot = Slot(accelerator)
         slots.append(slot)
         return slot
 

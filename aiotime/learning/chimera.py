@@ -93,7 +93,7 @@ def _sum(down: Gathered, up: Gathered) -> Gathered:
                 grads.append(a + b.to(a.device))
         devices = {grad.device for grad in grads if grad is not None and grad.device.type != "cpu"}
         for device in devices:
-            torch.accelerator.synchronize(device)  # who takes the sum does so on another stream
+            torch.accelerator.current_stream(device).synchronize()  # who takes the sum does so on another stream
     return grads, down[1] + up[1]
 
 
@@ -114,7 +114,8 @@ class ReplicaLearner(StageLearner):
         """Show the other replica what this one gathered; nothing, if it got no frame."""
         gathered: Gathered = self.updater.take() if self.updater is not None else ([], 0)
         if self.site.device.type != "cpu":
-            torch.accelerator.synchronize(self.site.device)  # the other device's stream knows nothing of ours
+            # the other device's stream knows nothing of ours
+            torch.accelerator.current_stream(self.site.device).synchronize()
         self.meeting.offer(self.side, gathered)
 
     def agreement(self, ticket: Ticket | None) -> tuple[Pending, Pending]:

@@ -52,7 +52,8 @@ class Taps:
     def send(self, ticket: Ticket, down: Message) -> None:
         """After a backward: what belongs to a tap leaves ``down`` and goes straight to the source."""
         if self._ends and self.site.device.type != "cpu":
-            torch.accelerator.synchronize(self.site.device)  # the source's stream knows nothing of ours
+            # the source's stream knows nothing of ours
+            torch.accelerator.current_stream(self.site.device).synchronize()
         for source, pairs in self._ends.items():
             tapped: Tapped = []
             for position, output in pairs:

@@ -19,6 +19,7 @@ from aiotime.devices.backend import HOST, TorchBackend, torch_backend
 from aiotime.devices.base import Completions, Pending, Work
 from aiotime.devices.cpu import CpuDevice
 from aiotime.devices.cuda import AcceleratorDevice, AcceleratorStream, CudaDevice
+from aiotime.devices.lane import AHEAD
 from aiotime.devices.links import LARGE, SMALL, line
 from aiotime.devices.poller import Poller
 from aiotime.devices.pretend import PretendBackend
@@ -162,6 +163,32 @@ async def test_the_loop_goes_on_while_the_device_works(settle: Settle) -> None:
     assert not any(future.done() for future in futures)
     backend.go()
     assert [a.tolist() for a in await asyncio.gather(*futures)] == [[3, 3]] * 20
+    await bench.close()
+
+
+@pytest.mark.asyncio
+async def test_a_launcher_that_sleeps_has_announced_what_it_launched(settle: Settle) -> None:
+    """With the device standing still, the frames launched before it fell asleep are known to the loop."""
+    backend, (device,) = pretend()
+    bench = Bench(device, fn=double)
+    bench.streams[0].patience = 60.0  # seconds that announcements may wait for company; nobody pulses here
+    assert (await bench.launch(torch.ones(1))).tolist() == [3]  # the lane is there
+    known: list[int] = []
+    completed = bench.completed
+
+    def counted(pending: Pending) -> None:
+        assert pending.frame is not None
+        known.append(pending.frame.index)
+        completed(pending)
+
+    bench.completions._handle = counted
+    backend.hold()
+    futures = [bench.launch(torch.ones(1)) for _ in range(AHEAD + 2)]
+    try:
+        await settle(until=lambda: len(known) == AHEAD)
+    finally:
+        backend.go()
+    assert [a.tolist() for a in await asyncio.gather(*futures)] == [[3]] * (AHEAD + 2)
     await bench.close()
 
 

@@ -268,6 +268,27 @@ def test_launches_ahead_of_the_device_are_bounded() -> None:
     lane.close()
 
 
+def test_a_lane_says_when_it_is_about_to_sleep() -> None:
+    """For the oldest launch, and for a value on its way to the host; not where there is nothing to wait for."""
+    backend = PretendBackend()
+    one, two = lane_on(backend), lane_on(backend)
+    told: list[str] = []
+    one.before_sleep = lambda: told.append("one")
+    two.before_sleep = lambda: told.append("two")
+    for _ in range(AHEAD):
+        last = launch(one, double, ready(torch.ones(2)))
+    assert told == []
+    launch(one, double, ready(torch.ones(2)))
+    assert told == ["one"]
+    launch(two, double, last)
+    assert told == ["one", "two"]
+    backend.finish()
+    launch(one, double, ready(torch.ones(2)))
+    assert told == ["one", "two"]
+    one.close()
+    two.close()
+
+
 def test_events_are_pooled() -> None:
     """A hundred frames in a row take a handful of events."""
     backend = PretendBackend()
@@ -466,6 +487,20 @@ def test_a_ring_grows_no_further_than_its_limit(backend: PretendBackend) -> None
         stream.record_event(slot.event)
         seen.append(slot)
     assert len(set(map(id, seen))) == 2
+    ring.close()
+
+
+def test_a_ring_says_when_it_is_about_to_sleep(backend: PretendBackend) -> None:
+    """Only where every slot is being copied."""
+    accelerator = Accelerator.of(backend, 0)
+    ring, stream, told = Ring(accelerator, slots=2), accelerator.borrow("in"), list[int]()
+    for i in range(3):
+        slot = ring.take(lambda i=i: told.append(i))  # type: ignore[misc]
+        stream.record_event(slot.event)
+    assert told == [2]
+    backend.finish()
+    ring.take(lambda: told.append(3))
+    assert told == [2]
     ring.close()
 
 

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -310,6 +311,34 @@ def test_a_poller_does_not_keep_its_loop_alive() -> None:
     del loop
     gc.collect()
     assert poller() is None
+
+
+@pytest.mark.asyncio
+async def test_a_queue_of_short_events_is_not_taken_for_a_long_one(
+    poller: Poller, clock: Clock, settle: Settle
+) -> None:
+    """Four in flight, 60 us each: every one waits for 240 us, and once that is learnt no thread is asked."""
+    pace, told, each, flying = Pace(), list[object](), 60e-6, deque[Gate]()
+
+    def launch() -> None:
+        flying.append(Gate(pace))
+        poller.watch(flying[-1], told.append)
+
+    for _ in range(4):
+        launch()
+    for done in range(1, 200):
+        before = clock.seconds
+        for part in (0.5, 0.9, 1.0):
+            clock.seconds = before + part * each
+            await settle(2)
+        flying.popleft().go()
+        await settle(until=lambda: len(told) == done)  # noqa: B023 - awaited in this turn
+        assert poller.spinning or done < 50
+        launch()
+    assert pace.expected == pytest.approx(each, rel=1e-3)
+    while flying:
+        flying.popleft().go()
+    await settle(until=lambda: len(told) == 203)
 
 
 def test_patience_is_learnt() -> None:
