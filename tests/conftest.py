@@ -14,11 +14,13 @@ import asyncio
 import functools
 import gc
 import os
+import shutil
 import sys
 import threading
 import traceback
 import warnings
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
@@ -38,6 +40,8 @@ PATIENCE_SECONDS = 20.0  # after which `settle(until=...)` says that it never ca
 # there are as many test processes as cores: threads of torch in each would only wait for each other
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
+
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # it would leave its threads behind
 
 settings.register_profile("dev", deadline=None)
 settings.register_profile(
@@ -204,3 +208,15 @@ def settle() -> Settle:
             await asyncio.sleep(0)
 
     return settle
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where compiled packages are kept, each compiled once a session; skips where there is no C++ compiler."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        pytest.skip("there is no C++ compiler")
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "packages"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AIOTIME_CACHE", str(folder))
+        yield folder

@@ -104,7 +104,9 @@ def _made(
     if way == "cudagraph":
         if place.type != "cuda":
             raise CompileError(f"CUDA graphs need a CUDA device, and the stage runs on {device.name}")
-        return Replay(module, examples, recorder=CudaRecorder(place))
+        if models > 1:
+            raise CompileError("a CUDA graph computes in memory of its own, one frame at a time; use workers=1")
+        return Replay(module, examples, recorder=CudaRecorder.on(place))
     program = JustInTime(module, examples, threads=threads)
     if not learning:
         program.check(examples)

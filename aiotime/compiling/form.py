@@ -6,6 +6,7 @@ Compiled code does not look at what it gets: a tensor of another shape makes it 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,21 @@ from aiotime.compiling.program import CompileError
 _ALIGNED = 16  # bytes; code for accelerators takes the alignment of the example's memory for granted
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A size that may vary: of which tensor and dimension, under which name, and how far.
+
+    Sizes of one name are equal. Compiled code takes that for granted: where one of them is another, it reads beyond
+    the end of a tensor.
+    """
+
+    tensor: int
+    dim: int
+    name: str
+    least: int
+    most: int
+
+
 class Form:
     """Of the values that look like ``examples``.
 
@@ -23,6 +39,7 @@ class Form:
         examples: values of one structure, all leaves tensors. Dimensions in which they differ may vary.
 
     Attributes:
+        leaves: how many tensors a value has.
         varying: per tensor, its dimensions that may vary.
 
     Raises:
@@ -39,7 +56,8 @@ class Form:
                 )
             if leaf.layout is not torch.strided:
                 raise CompileError(f"a frame has a tensor of layout {leaf.layout}")
-        self._tensors: list[torch.Tensor] = [leaf.detach() for leaf in first]
+        # laid out as a clone of it is: a view with gaps has none there, and that is what gets compiled
+        likes = [torch.empty_like(leaf.detach()) for leaf in first]
         self.varying: list[tuple[int, ...]] = [() for _ in first]
         for leaves, spec in others:
             if spec != self._spec or any(a.dim() != b.dim() for a, b in zip(first, leaves, strict=True)):
@@ -48,11 +66,17 @@ class Form:
                 tuple(dim for dim in range(one.dim()) if dim in before or one.shape[dim] != other.shape[dim])
                 for before, one, other in zip(self.varying, first, leaves, strict=True)
             ]
-        for tensor, dims in zip(self._tensors, self.varying, strict=True):
+        for tensor, dims in zip(likes, self.varying, strict=True):
             if dims and not tensor.is_contiguous():
                 raise CompileError("a tensor of varying size is not contiguous")
+        self.leaves = len(first)
         self._single = self._spec.is_leaf()
-        self._checks = [_check(tensor, dims) for tensor, dims in zip(self._tensors, self.varying, strict=True)]
+        self._checks = [_check(tensor, dims) for tensor, dims in zip(likes, self.varying, strict=True)]
+        self._sizes: tuple[Size, ...] = ()
+
+    def limit(self, sizes: Sequence[Size]) -> None:
+        """Hold the sizes that vary to what was found out about them when the program was made."""
+        self._sizes = tuple(sizes)
 
     def tensors(self, value: Any) -> list[torch.Tensor] | None:
         """The tensors of ``value``, laid out as compiled code wants them; None where it was not compiled for this."""
@@ -68,6 +92,12 @@ class Form:
             if fit is None:
                 return None
             result.append(fit)
+        if self._sizes:
+            found_sizes: dict[str, int] = {}
+            for each in self._sizes:
+                size = result[each.tensor].shape[each.dim]
+                if not each.least <= size <= each.most or found_sizes.setdefault(each.name, size) != size:
+                    return None
         return result
 
 
@@ -76,25 +106,29 @@ def _check(like: torch.Tensor, varying: tuple[int, ...]) -> Callable[[Any], torc
     shape, stride, dtype, device = like.shape, like.stride(), like.dtype, like.device
     aligned = device.type != "cpu"
 
+    # a negative or conjugate bit says what the memory means, and compiled code looks only at the memory
+    def alike(tensor: Any) -> bool:
+        return (
+            isinstance(tensor, torch.Tensor)
+            and tensor.dtype is dtype
+            and tensor.layout is torch.strided
+            and tensor.device == device
+        )
+
     def usual(tensor: Any) -> torch.Tensor | None:
-        if not isinstance(tensor, torch.Tensor) or tensor.shape != shape or tensor.dtype is not dtype:
+        if not alike(tensor) or tensor.shape != shape:
             return None
-        if tensor.device != device:
-            return None
-        if tensor.stride() != stride:
-            laid_out = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-            return laid_out.copy_(tensor)
+        if tensor.stride() != stride or tensor.is_neg() or tensor.is_conj():
+            return torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(tensor)
         return _moved(tensor) if aligned and tensor.data_ptr() % _ALIGNED else tensor
 
     def of_any_size(tensor: Any) -> torch.Tensor | None:
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() != len(shape) or tensor.dtype is not dtype:
-            return None
-        if tensor.device != device:
+        if not alike(tensor) or tensor.dim() != len(shape):
             return None
         for dim, size in enumerate(tensor.shape):
             if size != shape[dim] and dim not in varying:
                 return None
-        tensor = tensor.contiguous()
+        tensor = tensor.resolve_neg().resolve_conj().contiguous()
         return _moved(tensor) if aligned and tensor.data_ptr() % _ALIGNED else tensor
 
     return of_any_size if varying else usual

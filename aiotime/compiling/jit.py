@@ -10,6 +10,7 @@ from torch import nn
 
 from aiotime.compiling.form import Form
 from aiotime.compiling.program import CompileError
+from aiotime.compiling.silence import quiet
 
 _SOURCE = "def forward(module, value):\n    return module(value)\n"
 
@@ -27,12 +28,20 @@ class JustInTime:
 
     def __init__(self, module: nn.Module, examples: Sequence[Any], *, threads: int = 1) -> None:
         self.module = module
+        self._met: set[tuple[bool, bool]] = set()  # modes in which it was called, and so compiled
         dynamic = any(Form(examples).varying) if len(examples) > 1 else False
-        self._call = torch.compile(_own_code(), dynamic=dynamic or None, options={"cpp.threads": threads})
+        with quiet():  # imports half of Inductor
+            self._call = torch.compile(_own_code(), dynamic=dynamic or None, options={"cpp.threads": threads})
 
     def __call__(self, value: Any) -> Any:
         """What ``module(value)`` returns."""
-        return self._call(self.module, value)
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if mode in self._met:
+            return self._call(self.module, value)
+        with quiet():
+            made = self._call(self.module, value)
+        self._met.add(mode)
+        return made
 
     def refresh(self) -> None:
         """Nothing to do: the weights are looked up at each call."""
@@ -44,7 +53,7 @@ class JustInTime:
             CompileError: it cannot be compiled.
         """
         try:
-            with torch.inference_mode():
+            with quiet(), torch.inference_mode():
                 for example in examples:
                     self(example)
         except Exception as error:

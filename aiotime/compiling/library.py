@@ -60,6 +60,11 @@ class Library:
         device: where it runs.
         models: how many calls may run at the same time.
 
+    Attributes:
+        inputs, outputs: how many tensors go in and come out.
+        constants: full name -> its name in the code.
+        held: the tensors that were bound.
+
     Raises:
         LibraryError: it cannot be loaded.
     """
@@ -72,6 +77,12 @@ class Library:
             raise LibraryError(f"the compiled library cannot be loaded: {error}") from error
         self._new_handle = self._library.aoti_torch_new_tensor_handle  # of libtorch, which the library depends on
         self._new_handle.argtypes, self._new_handle.restype = [_Handle, ctypes.POINTER(_Handle)], ctypes.c_int
+        self._from_blob = self._library.aoti_torch_create_tensor_from_blob
+        self._from_blob.restype = ctypes.c_int
+        self._from_blob.argtypes = [
+            *(_Handle, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_int64), ctypes.c_int64),
+            *(ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(_Handle)),
+        ]
         self._functions = {name: self._function(name) for name in _SIGNATURES}
         handle = _Handle()
         folder = str(path.parent).encode()
@@ -79,7 +90,7 @@ class Library:
         self._handle = handle.value
         self._device = device
         weakref.finalize(self, self._functions["Delete"], self._handle).atexit = False
-        self._held: list[torch.Tensor] = []  # the constants, whose memory the library reads
+        self.held: list[torch.Tensor] = []  # the constants, whose memory the library reads
         self.inputs = self._count("GetNumInputs")
         self.outputs = self._count("GetNumOutputs")
         self.constants = self._names()
@@ -93,7 +104,7 @@ class Library:
         held = [tensors[fqn].detach() for fqn in self.constants]
         if not held:
             return
-        handles = [_address(_aoti().unsafe_alloc_void_ptr_from_tensor(tensor)) for tensor in held]
+        handles = [self._view(tensor) for tensor in held]
         names = list(self.constants.values())
         entries = (_Entry * len(held))(*(_Entry(name, handle) for name, handle in zip(names, handles, strict=True)))
         try:
@@ -103,7 +114,7 @@ class Library:
         finally:
             for handle in handles:
                 _aoti().alloc_tensor_by_stealing_from_void_ptr(_capsule(handle))  # frees it; the library keeps its own
-        self._held = held
+        self.held = held
 
     def values(self) -> dict[str, torch.Tensor]:
         """Copies of the constants as they were compiled in, by the names in ``constants``' keys."""
@@ -131,12 +142,37 @@ class Library:
         def call(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
             given = given_to(*[pointer(allocate(tensor)) for tensor in tensors])  # the library frees them
             made = made_by()
+            kept = self.held  # a call that was given up on may still read them after others were bound
             failed = run(handle, given, inputs, made, outputs, stream(), None)
+            del kept
             if failed:
                 check(failed)
             return [steal(capsule(address)) for address in made]
 
         return call
+
+    def _view(self, tensor: torch.Tensor) -> int:
+        """A handle to a tensor in the same memory that does not keep the memory.
+
+        The library makes handles of its own from those it is given and never deletes them. If they kept the memory,
+        every set of weights that was ever bound would stay.
+        """
+        kind, dtype = tensor.device.type, str(tensor.dtype).removeprefix("torch.")
+        numbers = []
+        for name in (f"aoti_torch_dtype_{dtype}", f"aoti_torch_device_type_{kind}"):
+            number = getattr(self._library, name, None)
+            if number is None:
+                raise LibraryError(f"a compiled library cannot use weights that are {dtype} on {kind}")
+            numbers.append(number())
+        handle, dims = _Handle(), tensor.dim()
+        sizes, strides = (ctypes.c_int64 * dims)(*tensor.shape), (ctypes.c_int64 * dims)(*tensor.stride())
+        self._check(
+            self._from_blob(
+                tensor.data_ptr(), dims, sizes, strides, 0, *numbers, tensor.device.index or 0, ctypes.byref(handle)
+            )
+        )
+        assert handle.value is not None
+        return handle.value
 
     def _names(self) -> dict[str, bytes]:
         found: dict[str, bytes] = {}
@@ -145,6 +181,8 @@ class Library:
             self._check(self._functions["GetConstantName"](self._handle, at, ctypes.byref(name)))
             self._check(self._functions["GetConstantOriginalFQN"](self._handle, at, ctypes.byref(fqn)))
             found[(fqn.value or b"").decode()] = name.value or b""
+        if len(found) != self._count("GetNumConstants"):
+            raise LibraryError("two constants of the compiled library have the same name")
         return found
 
     def _count(self, name: str) -> int:

@@ -3,9 +3,10 @@
     module ──▶ torch.export ──▶ numbered weights ──▶ AOTInductor (C++ compiler) ──▶ cache/<key>/model.so
 
 The library is compiled with *numbered* weights: each element of each float32 weight is its own number. Three things
-follow. The cache does not depend on the weights, only on code, shapes, device and versions. Weights that happen to be
-equal are not merged into one, so they can be given new values later. And where the compiler packed a weight into
-another order, the numbers in the packed copy say where each element belongs, so that it can be filled again.
+follow. The cache does not depend on the weights, only on code, shapes, device and versions. Tied weights, and weights
+that are views of the same memory, are not merged into one, so each can be given a tensor of its own later. And where
+the compiler packed a weight into another order, the numbers in the packed copy say where each element belongs, so that
+it can be filled again. What has no numbers (other dtypes, too many elements) is copied, and not packed.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ import json
 import os
 import platform
 import shutil
+import sys
 import tempfile
-import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from aiotime.compiling.form import Form
+from aiotime.compiling.form import Form, Size
 from aiotime.compiling.program import CompileError
+from aiotime.compiling.silence import quiet, silent
 
-FORMAT = 1  # of what is on disk
+FORMAT = 2  # of what is on disk
 _MOST = 2**24  # numbers that a float32 tells apart
 _LIBRARY = "model.so"
 
@@ -43,6 +44,8 @@ class Package:
     Attributes:
         library: path of the shared library; its constants hold numbers until they are bound.
         numbers: weight -> the number of its first element; empty where weights were not numbered.
+        used: the parameters and buffers that the code reads.
+        written: the inputs that it writes into.
         held: tensors that are neither parameters nor persistent buffers, by name in the library.
         out_spec: structure of what it returns.
         cached: it was there already.
@@ -50,6 +53,8 @@ class Package:
 
     library: Path
     numbers: Mapping[str, int]
+    used: frozenset[str]
+    written: tuple[int, ...]
     held: Mapping[str, torch.Tensor]
     out_spec: pytree.TreeSpec
     cached: bool
@@ -71,22 +76,32 @@ def make_package(
     Raises:
         CompileError: no compiler, or the module cannot be exported or compiled.
     """
-    exported = _exported(module, examples[-1], form)
+    with quiet():  # and alone: torch.export and Inductor patch what all threads see
+        return _made(module, examples[-1], form, device, threads, packed)
+
+
+def _made(module: nn.Module, example: Any, form: Form, device: torch.device, threads: int, packed: bool) -> Package:
+    exported = _exported(module, example, form, device)
+    written = _written(exported)
+    form.limit(_sizes(exported))
     state = {name: tensor.detach() for name, tensor in exported.state_dict.items()}
     held = {name: tensor for name, tensor in exported.constants.items() if isinstance(tensor, torch.Tensor)}
     numbers = _numbering(state)
     settings = _settings(threads, packed=packed and device.type == "cpu" and bool(numbers))
-    key = _key(exported, held, numbers, settings, device)
+    try:
+        key = _key(exported, held, numbers, settings, device)
+    except Exception as error:
+        raise CompileError(f"it holds something that no library can: {_first_line(error)}") from error
     folder = cache_folder() / key
     library = folder / _LIBRARY
     found = library.exists()
     if not found:
-        for name, first in numbers.items():
-            exported.state_dict[name] = _numbered(exported.state_dict[name], first)
+        for name, tensor in exported.state_dict.items():
+            exported.state_dict[name] = _numbered(tensor, numbers.get(name))
         _compile(exported, settings, folder)
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
-    return Package(library, numbers, held, out_spec, found)
+    return Package(library, numbers, _used(exported), written, held, out_spec, found)
 
 
 def cache_folder() -> Path:
@@ -98,12 +113,11 @@ def cache_folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "aiotime"
 
 
-def _exported(module: nn.Module, example: Any, form: Form) -> Any:
+def _exported(module: nn.Module, example: Any, form: Form, device: torch.device) -> Any:
     dims = iter(form.varying)
     shapes = pytree.tree_map(lambda _: dict.fromkeys(next(dims), torch.export.Dim.DYNAMIC) or None, example)
     try:
-        with warnings.catch_warnings(), torch.inference_mode(mode=False), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with quiet(), torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             dynamic = (shapes,) if any(form.varying) else None
             exported = torch.export.export(module, (_plain(example),), dynamic_shapes=dynamic, strict=False)
     except Exception as error:
@@ -111,36 +125,93 @@ def _exported(module: nn.Module, example: Any, form: Form) -> Any:
     kinds = {type(each.arg).__name__ for each in exported.graph_signature.output_specs}
     if kinds - {"TensorArgument"}:
         raise CompileError("it returns something that is not a tensor")
-    if exported.graph_signature.buffers_to_mutate:
-        raise CompileError("a frame changes its buffers")
     return exported
 
 
 def _plain(value: Any) -> Any:
-    """Copies that are no inference tensors."""
-    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, value)
+    """Copies that are no inference tensors, nor lazily negated or conjugated."""
+
+    def plain(leaf: Any) -> Any:
+        return leaf.detach().resolve_neg().resolve_conj().clone() if isinstance(leaf, torch.Tensor) else leaf
+
+    return pytree.tree_map(plain, value)
+
+
+def _written(exported: Any) -> tuple[int, ...]:
+    """The inputs that a call writes into.
+
+    Raises:
+        CompileError: it writes into the module's own tensors.
+    """
+    graphs = [each.graph for each in exported.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
+    if not any(_writes(node.target) for graph in graphs for node in graph.nodes):
+        return ()
+    with quiet():  # what is written through views shows once there are no writes any more
+        signature = exported.run_decompositions({}).graph_signature
+    if signature.buffers_to_mutate or getattr(signature, "parameters_to_mutate", None):
+        raise CompileError("a frame changes its buffers")
+    names = list(signature.user_inputs)
+    return tuple(sorted({names.index(name) for name in signature.user_inputs_to_mutate.values()}))
+
+
+def _writes(target: Any) -> bool:
+    """Whether a node's function may write into what it gets."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _sizes(exported: Any) -> list[Size]:
+    """The sizes that may vary.
+
+    Raises:
+        CompileError: one is computed from others.
+    """
+    nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    sizes = []
+    for at, name in enumerate(exported.graph_signature.user_inputs):
+        for dim, size in enumerate(nodes[name].meta["val"].shape):
+            if isinstance(size, int):
+                continue
+            symbol = size.node.expr
+            if not symbol.is_Symbol:
+                raise CompileError("the sizes of what this stage gets are multiples of each other")
+            limits = exported.range_constraints.get(symbol)
+            most = sys.maxsize if limits is None or not limits.upper.is_Integer else int(limits.upper)
+            sizes.append(Size(at, dim, str(symbol), 0 if limits is None else int(limits.lower), most))
+    return sizes
+
+
+def _used(exported: Any) -> frozenset[str]:
+    """Names of the parameters and buffers that some operator takes."""
+    signature = exported.graph_signature
+    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return frozenset(
+        targets[node.name]
+        for node in exported.graph.nodes
+        if node.op == "placeholder" and node.users and node.name in targets
+    )
 
 
 def _numbering(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """The first number of each float32 weight; nothing where there are more elements than numbers."""
     numbers: dict[str, int] = {}
     following = 1  # 0 is what packing pads with
-    seen: dict[int, int] = {}
     for name, tensor in state.items():
-        if tensor.dtype is not torch.float32:
-            continue
-        if id(tensor) not in seen:
-            seen[id(tensor)] = following
+        if tensor.dtype is torch.float32:
+            numbers[name] = following
             following += tensor.numel()
-        numbers[name] = seen[id(tensor)]
     return numbers if following <= _MOST else {}
 
 
-def _numbered(tensor: Any, first: int) -> Any:
+def _numbered(tensor: Any, first: int | None) -> Any:
+    """A tensor of its own for each name, with numbers from ``first`` where it has them; the strides are kept."""
     with torch.no_grad():
-        values = torch.arange(first, first + tensor.numel(), dtype=torch.float32, device=tensor.device)
-        filled = torch.empty_like(tensor)  # keeps the strides
-        filled.copy_(values.view(tensor.shape))
+        filled = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        if first is None:
+            filled.copy_(tensor)
+        else:
+            numbers = torch.arange(first, first + tensor.numel(), dtype=torch.float32, device=tensor.device)
+            filled.copy_(numbers.view(tensor.shape))
     return nn.Parameter(filled, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else filled
 
 
@@ -168,6 +239,7 @@ def _key(
     text = exported.graph_module.print_readable(
         print_output=False, include_stride=True, include_device=True, fast_sympy_print=True
     )
+    code = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
     facts = {
         "format": FORMAT,
         "torch": torch.__version__,
@@ -175,15 +247,28 @@ def _key(
         "settings": dict(settings),
         "numbers": dict(numbers),
         "signature": str(exported.graph_signature),
-        "code": text,
+        "code": code,  # without the comments: they name files and lines
+        "sizes": {str(symbol): str(limits) for symbol, limits in exported.range_constraints.items()},
+        "options": (_options(), torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()),
         "held": {name: _digest(tensor) for name, tensor in held.items()},
     }
     said = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(said.encode()).hexdigest()[:40]
 
 
+def _options() -> str:
+    """What was set of Inductor's options, for all compilations of this process."""
+    with quiet():
+        from torch._inductor import config  # takes a while to import
+
+    options = config.save_config_portable()
+    options.pop("aot_inductor.metadata", None)  # what the last compilation says about itself
+    return json.dumps(options, sort_keys=True, default=lambda value: type(value).__name__)
+
+
 def _digest(tensor: torch.Tensor) -> str:
-    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    flat = tensor.detach().cpu().resolve_neg().resolve_conj().contiguous().view(-1)
+    content = flat.view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(content).hexdigest() + str((tuple(tensor.shape), tensor.stride(), tensor.dtype))
 
 
@@ -205,7 +290,7 @@ def _compile(exported: Any, settings: Mapping[str, Any], folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="compiling-", dir=folder.parent) as made:
             package = str(Path(made) / "model.pt2")
-            with _quiet():
+            with silent():
                 torch._inductor.aoti_compile_and_package(
                     exported, package_path=package, inductor_configs=dict(settings)
                 )
@@ -252,14 +337,9 @@ def _calls_back(text: bytes) -> bool:
     return isinstance(said, dict) and bool(said.get("nodes"))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the compiler's own warnings; what fails is raised."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def _first_line(error: BaseException) -> str:
+    """What went wrong, and where a C++ compiler said so, what it said."""
     said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0] if said else 'no reason given'}"[:300]
+    found = next((line.partition(" error: ")[2] for line in said if " error: " in line), "")
+    first = f"{type(error).__name__}: {said[0] if said else 'no reason given'}"
+    return (f"{first}: {found}" if found else first)[:300]
