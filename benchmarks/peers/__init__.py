@@ -1,0 +1,1 @@
+"""How does aiotime compare with what people would otherwise use?"""
