@@ -9,6 +9,8 @@ Every contender has a process of its own; whoever is not on turn is stopped by a
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 import tempfile
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks._harness import percentile, progress
+from benchmarks.peers import bystanders
 from benchmarks.peers.contenders import ENTRIES
 from benchmarks.peers.pacer import pace, sharpen
 from benchmarks.peers.process import FailedError, Process
@@ -42,8 +45,9 @@ class Outcome:
         offered: frames per second at which they were measured, one per measurement.
         cpu: CPU seconds per frame of all its processes, one per round.
         peak: MiB, of all its processes.
+        others: cores that processes outside used meanwhile, on average, one per round.
         start_up: seconds from the imported torch to the first output.
-        first_start_up: the same where nothing had been compiled yet, or what the cache held; for compilers.
+        first_start_up: the same where nothing had been compiled yet; for those that compile.
         failed: why it is out.
     """
 
@@ -51,6 +55,7 @@ class Outcome:
     latencies: list[float] = field(default_factory=list)
     offered: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
     peak: float | None = None
     start_up: float | None = None
     first_start_up: float | None = None
@@ -214,26 +219,40 @@ def race(
 
 
 def _rehearse(name: str, field: Field, opening: Mapping[str, Any]) -> float:
-    """Start-up of a process before the one that is measured: what it compiles is in the cache from then on."""
+    """Start-up of a process before the one that is measured, which leaves in the cache what it has compiled.
+
+    Noted there as well, and not done again while the cache knows it.
+    """
+    key = hashlib.sha256(f"{name} {sorted(opening.items())}".encode()).hexdigest()[:16]
+    note = field.settings.cache / "rehearsed" / f"{key}.json"
+    if note.exists():
+        known: float = json.loads(note.read_text())["seconds"]
+        return known
     process = field.spawn(name)
     try:
         process.greet(timeout=STARTING)
         opened = process.ask("open", timeout=OPENING.get(ENTRIES[name].family, ANSWERING), **opening)
         seconds: float = opened["seconds"]
-        return seconds
     finally:
         process.end()
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps({"seconds": seconds}))
+    return seconds
 
 
 def saturate(process: Process, outcome: Outcome, rate: float, seconds: float) -> float:
     """One turn as fast as it goes; frames per second."""
     number = max(8, 8 * round(rate * seconds / 8))
-    before = process.seconds()
+    machine_before, before = bystanders.read(), process.seconds()
     found = process.ask("rate", number=number, timeout=ANSWERING)
-    after = process.seconds()
-    spent = found["cpu"] if before is None or after is None else (after - before) / found["frames"]
+    machine_after, after = bystanders.read(), process.seconds()
     outcome.rates.append(found["rate"])
-    outcome.cpu.append(spent)
+    if before is None or after is None:
+        outcome.cpu.append(found["cpu"])
+    else:
+        outcome.cpu.append((after - before) / found["frames"])
+        if machine_before is not None and machine_after is not None:
+            outcome.others.append(machine_after.cores_since(machine_before, contender=after - before))
     return float(found["rate"])
 
 

@@ -83,8 +83,8 @@ def best(outcomes: Outcomes, wanted: Callable[[str], bool]) -> str | None:
 
 
 def flagship(outcomes: Outcomes) -> str | None:
-    """Which aiotime the targets are about: what compiles by itself where it runs, learning in the order of events."""
-    for name in ("ours_auto", "ours_event", "ours"):
+    """Which aiotime the targets are about: compiled where that runs, learning in the order of events."""
+    for name in ("ours_auto", "ours_compiled", "ours_event", "ours"):
         if name in outcomes and not outcomes[name].failed:
             return name
     return None
@@ -119,6 +119,12 @@ def work_table(report: Report, title: str, outcomes: Outcomes) -> None:
             ]
         )
     report.table(title, columns, rows)
+    others = [cores for outcome in outcomes.values() for cores in outcome.others]
+    if others:
+        report.say(
+            "",
+            f"Meanwhile others used {median(others):.2f} cores, {max(others):.2f} in the worst turn.",
+        )
     for name, outcome in outcomes.items():
         if outcome.failed:
             report.say("", f"{ENTRIES[name].title} failed: {outcome.failed}")

@@ -72,7 +72,9 @@ ENTRIES: dict[str, Entry] = {
         kinds=ALL,
         threads=2,
     ),
-    "compile": Entry("torch.compile, 1 thread", "sequential:Compiled", "compiled", kinds=MODELS, compiles=True),
+    "compile": Entry(
+        "torch.compile, 1 thread", "sequential:Compiled", "compiled", kinds=(*MODELS, "learning"), compiles=True
+    ),
     "aot": Entry("AOTInductor, 1 thread", "sequential:AheadOfTime", "compiled", kinds=MODELS, compiles=True),
     "aot2": Entry(
         "AOTInductor, 2 threads",
@@ -115,4 +117,13 @@ ENTRIES: dict[str, Entry] = {
         )
         for order in ("event", "1f1b", "lockstep")
     },
+    "ours_compiled": Entry(
+        'aiotime, Delayed, event, compile="inductor"',
+        "ours:Ours",
+        "aiotime",
+        {"order": "event", "compile": "inductor"},
+        kinds=("learning",),
+        needs=("aiotime",),
+        compiles=True,
+    ),
 }

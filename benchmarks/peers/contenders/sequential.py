@@ -33,7 +33,7 @@ class Sequential(Contender):
         """Nothing but the optimizer, where it learns."""
         torch.set_num_threads(self.threads)
         self._work = work
-        self.parts = work.whole
+        self.parts = list(work.whole)
         if work.kind == "learning":
             assert work.optimizer is not None
             self._optimizer = work.optimizer(work.model.parameters())
@@ -57,7 +57,8 @@ class Sequential(Contender):
                 take(value)
 
     def _learn(self, feed: Feed, sink: Sink) -> None:
-        model, loss, optimizer = self._work.model, self._work.loss, self._optimizer
+        (model,) = self.parts
+        loss, optimizer = self._work.loss, self._optimizer
         assert loss is not None
         for frame in feed:
             output = model(frame)
@@ -79,26 +80,19 @@ class Compiled(Sequential):
     """torch.compile, with inductor's autotuning."""
 
     def open(self, work: Work) -> None:
-        """Compile every module, by calling it.
+        """Every module is compiled when the first frame comes.
 
         Frozen weights are constants of the program: only then inductor packs them for its own products of matrices.
         """
         super().open(work)
+        learns = work.kind == "learning"
         settings: Any = importlib.import_module("torch._inductor.config")
-        settings.freezing = True  # of the process; as one of the options below it would come too late for dynamo
-        options: dict[str, Any] = dict(STRONGEST)
+        settings.freezing = not learns  # of the process; as one of the options below it would come too late for dynamo
+        options: dict[str, Any] = STRONGEST | {"freezing": not learns}
         self.parts = [
             torch.compile(part, fullgraph=True, dynamic=False, options=options) if isinstance(part, nn.Module) else part
             for part in work.whole
         ]
-        self._warm_up(work)
-
-    def _warm_up(self, work: Work) -> None:
-        with torch.inference_mode():
-            for frame in work.frames[:2]:
-                value = frame
-                for part in self.parts:
-                    value = part(value)
 
 
 class AheadOfTime(Sequential):
