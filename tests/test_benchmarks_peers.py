@@ -118,6 +118,7 @@ def test_differences_are_seen() -> None:
 # ---------------------------------------------------------------- contenders
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("name", ["one", "two", "threads", "bounded", "executor", "lockstep", "ours"])
 @pytest.mark.parametrize("work", ["trivial", "mlp64", "decode"])
 def test_contenders_answer_as_the_plain_model_does(name: str, work: str) -> None:
@@ -248,7 +249,7 @@ def test_a_process_that_dies_or_hangs_fails(tmp_path: Path) -> None:
             os.kill(process._process.pid, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.compiles
 def test_pipelining_over_gloo_answers() -> None:
     """Ranks in processes of their own, frame by frame and in batches with a rest."""
     from benchmarks.peers.child import Child
@@ -326,7 +327,7 @@ def test_every_target_has_its_work_and_every_contender_its_class() -> None:
         assert f"class {name}(" in Path(found.origin).read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.compiles
 def test_curves_run_at_toy_sizes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The sub-command prints a table per curve."""
     from benchmarks.peers.__main__ import main

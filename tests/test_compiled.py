@@ -161,10 +161,11 @@ class TestPipeline:
     async def test_pipelines_at_the_same_time(self) -> None:
         """Built on threads of their own, from one package, with weights of their own."""
         frames = torch.randn(10, 2, 6)
+        models = [mlp(seed) for seed in range(3)]  # not on the threads: they share one generator
 
         def build(seed: int) -> Pipeline:
             return Pipeline(
-                mlp(seed), example=torch.zeros(2, 6), devices=["cpu:0", "cpu:1"], balance=[2, 2], compile="aot"
+                models[seed], example=torch.zeros(2, 6), devices=["cpu:0", "cpu:1"], balance=[2, 2], compile="aot"
             )
 
         pipelines = await asyncio.gather(*(asyncio.to_thread(build, seed) for seed in range(3)))
@@ -195,7 +196,7 @@ class TestPipeline:
         close(await outputs(pipeline, frames[:2]), wanted(mlp(), frames[:2]))
 
 
-@pytest.mark.slow
+@pytest.mark.compiles
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("packages")
 def test_nothing_is_left_of_it() -> None:
@@ -271,7 +272,7 @@ def test_cuda_graphs_on_the_host_are_a_warning() -> None:
     assert pipeline.plan is not None and [stage.compiled for stage in pipeline.plan.stages] == [None, None]
 
 
-@pytest.mark.slow
+@pytest.mark.compiles
 @pytest.mark.timeout(300)
 @pytest.mark.asyncio(loop_factories=["asyncio"])
 @pytest.mark.parametrize("lacking", ["compiler", "cache"])
@@ -293,7 +294,7 @@ async def test_runs_eagerly_without(
     close(await outputs(pipeline, frames), wanted(mlp(), frames))
 
 
-@pytest.mark.slow
+@pytest.mark.compiles
 @pytest.mark.timeout(600)
 @pytest.mark.asyncio(loop_factories=["asyncio"])
 @pytest.mark.usefixtures("packages")

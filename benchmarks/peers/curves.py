@@ -37,7 +37,7 @@ class Growth:
 
 
 GROWTHS = (
-    Growth("conv", "side", (16, 32, 64, 128), "deep conv, 30 layers: side of the picture"),
+    Growth("conv", "side", (16, 32, 64, 128), "deep conv, 12 layers: side of the picture"),
     Growth("mlp64", "width", (32, 128, 512), "MLP, 30 layers: width"),
     Growth("trivial", "stages", (1, 2, 4, 8), "trivial stages"),
     Growth("released", "stages", (1, 2, 4, 8), "stages of 0.12 ms without Python's lock"),

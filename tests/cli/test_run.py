@@ -299,7 +299,7 @@ def test_a_saved_plan_is_used(here: Path) -> None:
     assert "cpu:1" in result.stdout
     result = run("net:make", "-s", "frames.jsonl", "--plan", "plan.json", "--devices", "cpu:0")
     assert result.exit_code == 2
-    assert "leave --devices and --balance out" in result.stderr
+    assert "leave --devices, --balance and --compile out" in result.stderr
 
 
 # ---------------------------------------------------------------------------------------------------- real processes

@@ -19,7 +19,7 @@ from aiotime.compiling.package import Package
 from aiotime.compiling.program import CompileError
 from tests.compiling.nets import CPU, Counter, Everything, Sum, mlp
 
-compiled = [pytest.mark.slow, pytest.mark.timeout(300)]
+compiled = [pytest.mark.compiles, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ class TestRefusals:
             Ahead(Net(), [torch.zeros(3)], device=CPU)
 
 
-@pytest.mark.slow
+@pytest.mark.compiles
 @pytest.mark.timeout(300)
 def test_sizes_that_vary(packages: Path) -> None:
     """Any size, bit for bit its shape; but two sizes that the code takes for one are the same."""

@@ -14,7 +14,7 @@ from aiotime.compiling.program import CompileError
 from tests.compiling.nets import mlp
 
 
-@pytest.mark.slow
+@pytest.mark.compiles
 @pytest.mark.timeout(300)
 def test_equals_the_module_with_the_weights_it_has_now(packages: Path) -> None:
     module = mlp()

@@ -16,7 +16,7 @@ from aiotime.compiling.ahead import Ahead
 from aiotime.compiling.library import Library, LibraryError, check_interface
 from tests.compiling.nets import CPU, Sum, mlp
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.compiles, pytest.mark.timeout(300)]
 
 
 @pytest.fixture

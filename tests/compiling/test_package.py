@@ -297,7 +297,7 @@ def made(module: nn.Module, example: Any) -> package_module.Package:
     return make_package(module, [example], Form([example]), device=CPU, threads=1, packed=True)
 
 
-@pytest.mark.slow
+@pytest.mark.compiles
 @pytest.mark.timeout(300)
 def test_is_compiled_once(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = made(mlp(), torch.zeros(2, 16))
@@ -308,7 +308,7 @@ def test_is_compiled_once(packages: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (again.numbers, again.used, again.written) == (first.numbers, first.used, ())
 
 
-@pytest.mark.slow
+@pytest.mark.compiles
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("packages")
 def test_the_compiler_says_nothing(

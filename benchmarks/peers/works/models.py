@@ -95,7 +95,7 @@ def mlp256(*, quick: bool, width: int = 256, layers: int = 30) -> Work:
     return _mlp(16, 4) if quick else _mlp(width, layers)
 
 
-def conv(*, quick: bool, side: int = 64, layers: int = 30, channels: int = 32) -> Work:
+def conv(*, quick: bool, side: int = 64, layers: int = 12, channels: int = 32) -> Work:
     """PARTIME's experiment A, shrunk."""
     side, layers, channels = (8, 4, 4) if quick else (side, layers, channels)
     return model_work(
