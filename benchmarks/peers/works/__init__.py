@@ -21,7 +21,7 @@ HOMES = {
     "learn_conv": "lessons",
 }
 # the works at toy sizes, unless others are named: one of each kind
-QUICK = ("trivial", "mlp64", "conv", "decode", "learn_mlp")
+QUICK = ("trivial", "mlp64", "decode", "learn_mlp")
 
 
 def build(name: str, *, quick: bool = False, **sizes: Any) -> Work:
