@@ -115,12 +115,11 @@ def main() -> None:
             ["way", "alone, frames/s", "alone, × eager", "in two, × eager alone", "in two, × its own alone"],
             rows,
         )
-        if OURS not in ways:
-            continue
-        best = max((f"{way}, in two" for way in ways if way not in failed and way != OURS), key=measured.median)
+        mine = OURS if OURS in ways else ways[-1]
+        best = max((f"{way}, in two" for way in ways if way not in failed and way != mine), key=measured.median)
         report.target(
-            f"{net.name}: ours in two × the best other in two",
-            measured.ratio(f"{OURS}, in two", best) if OURS not in failed else 0.0,
+            f"{net.name}: {mine} in two × the best other in two",
+            measured.ratio(f"{mine}, in two", best) if mine not in failed else 0.0,
             1.0,
             unit=f" × ({best})",
         )
